@@ -1,0 +1,441 @@
+"""The runner: which notebooks, with which parameters, for which seeds; one version folder; one record.
+
+Everything that can be wrong with a request is found before a kernel starts. `kernel.py` executes a single notebook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from resonate_lib import config, kernel, record, versions
+from resonate_lib.config import CHECKOUT
+
+DEFAULT_LAST = "07"  # 08 and later run with --all or --only
+RESERVED = {"profile": "--profile", "seed": "--seed", "run": "RESONATE_RESULTS"}
+KINDS = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run. `overrides` maps parameter names to text or values; None in `only` means 00 to 07."""
+
+    profile: str = "tiny"
+    seeds: tuple[int, ...] = (0,)
+    only: tuple[str, ...] | None = None
+    all_notebooks: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+    from_version: str | None = None
+    from_scratch: bool = False
+
+
+@dataclass
+class Plan:
+    """A checked request: the notebooks in order with the values each gets, and the record about to be written."""
+
+    request: Request
+    notebooks: dict[str, Path]
+    parameters: dict[str, dict[str, Any]]
+    declared: dict[str, set[str]]
+    payload: dict[str, Any]
+    params_dir: Path
+    from_path: Path | None = None
+
+    def jobs(self) -> list[tuple[str, str, int, str]]:
+        """(key in the record, notebook number, seed, sub-folder) in the order of execution."""
+        many = len(self.request.seeds) > 1
+        return [
+            (f"seed{seed}/{path.stem}" if many else path.stem, number, seed, f"seed{seed}" if many else "")
+            for seed in self.request.seeds
+            for number, path in self.notebooks.items()
+        ]
+
+
+def notebooks_dir(folder: str | os.PathLike | None = None) -> Path:
+    """The notebooks: the argument, else RESONATE_NOTEBOOKS, else `notebooks/` of the checkout. ValueError when
+    absent."""
+    path = Path(folder or os.environ.get("RESONATE_NOTEBOOKS") or CHECKOUT / "notebooks").resolve()
+    if not path.is_dir():
+        raise ValueError(
+            f"no notebooks in {path}: clone the repository and install it with `pip install -r requirements.txt`"
+        )
+    return path
+
+
+def discover(folder: Path, only: tuple[str, ...] | None, all_notebooks: bool) -> dict[str, Path]:
+    """{number: path} of the notebooks to run, in order. `only` takes numbers (04 or 4) and full names. Raises
+    ValueError."""
+    every = {path.name[:2]: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    if not every:
+        raise ValueError(f"no notebooks named NN_*.ipynb in {folder}: check out the repository in full")
+    if only is None:
+        return {number: path for number, path in every.items() if all_notebooks or number <= DEFAULT_LAST}
+    names, chosen = {path.stem: number for number, path in every.items()}, set()
+    for item in only:
+        number = names.get(item.removesuffix(".ipynb"), item.zfill(2))
+        if number not in every:
+            raise ValueError(config.unknown("notebook", item, [*every, *names] if not item.isdigit() else list(every)))
+        chosen.add(number)
+    return {number: path for number, path in every.items() if number in chosen}
+
+
+def inspect(path: Path) -> dict[str, str]:
+    """{name: annotation} of the notebook's parameters cell. Raises ValueError for a notebook that cannot be read."""
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    try:
+        nbformat.validate(nbformat.read(path, as_version=4))
+        found = papermill.inspect_notebook(str(path))
+    except OSError as error:
+        raise ValueError(f"{path.name}: {error.strerror or error}; make the file readable") from None
+    except Exception as error:  # nbformat, papermill and jsonschema each raise their own for a damaged file
+        first = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path.name}: not a valid notebook ({first}); restore it with git") from None
+    return {name: item["inferred_type_name"] for name, item in found.items()}
+
+
+def check_parameters(
+    overrides: dict[str, Any], declared: dict[str, dict[str, str]], profile: str, params_dir: Path
+) -> dict[str, dict[str, Any]]:
+    """{notebook number: {name: value of the right type}}: each override for the notebooks that declare it.
+
+    A name is a field of one of the notebook's dataclasses, or `<section>_<field>` (`nft_steps`), and is checked by it
+    with the others given; else the annotation in the parameters cell decides. Raises ValueError: unknown name, bad
+    value.
+    """
+    known = sorted({name for names in declared.values() for name in names} - set(RESERVED))
+    for name in overrides:
+        if name in RESERVED:
+            raise ValueError(f"parameter {name!r} has an option of its own: use {RESERVED[name]}")
+        if name not in known:
+            raise ValueError(config.unknown("parameter", name, known) + " (in the notebooks selected)")
+    overrides = {name: _absolute(name, value) for name, value in overrides.items()}
+    checked = {}
+    for number, names in declared.items():
+        mine = {name: value for name, value in overrides.items() if name in names}
+        places = {name: _place(number, name) for name in mine}
+        for cls in {place[0] for place in places.values() if place}:
+            group = {place[1]: mine[name] for name, place in places.items() if place and place[0] is cls}
+            values = config.plain(config.resolve(cls, profile, params_dir=params_dir, **group))
+            mine.update({name: values[place[1]] for name, place in places.items() if place and place[0] is cls})
+        for name in [name for name, place in places.items() if not place]:
+            mine[name] = _by_annotation(name, mine[name], names[name])
+        checked[number] = mine
+    return checked
+
+
+def _place(number: str, name: str) -> tuple[type[config.Config], str] | None:
+    """The dataclass and field that a notebook's parameter stands for."""
+    classes = config.NOTEBOOK_CONFIGS.get(number, ())
+    for cls in classes:
+        if name in config.field_types(cls):
+            return cls, name
+    for cls in config.CONFIGS:
+        inner = name.removeprefix(f"{cls.section}_")
+        if inner != name and inner in config.field_types(cls):
+            return cls, inner
+    return None
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """A value that names a file or folder, made independent of the working directory: kernels have another one.
+
+    Raises ValueError where the file or folder must exist and does not.
+    """
+    if not isinstance(value, str) or not value.strip():
+        return value
+    last = name.split("_")[-1]
+    if last == "reward":
+        return re.sub(r"[^+*]+\.py(?=:)", lambda match: str(_existing(name, match.group().strip())), value)
+    if name in ("folder", "tta_bench"):
+        return str(_existing(name, value))
+    if name in ("weights", "clap_source", "lalm_source") and Path(value).expanduser().exists():
+        return str(_existing(name, value))
+    return value
+
+
+def _existing(name: str, value: str) -> Path:
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise ValueError(f"{name}={value!r}: there is no such file or folder; check the path (now in {Path.cwd()})")
+    return path.resolve()
+
+
+def _by_annotation(name: str, value: Any, annotation: str) -> Any:
+    kind = KINDS.get(re.sub(r"^(typing\.)?Optional\[(.*)\]$", r"\2", annotation))
+    if kind:
+        return config.coerce(name, value, kind)
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def make_plan(request: Request, *, folder: str | os.PathLike | None = None, results: Path) -> Plan:
+    """Check the whole request. Raises ValueError in one line; starts nothing and writes nothing."""
+    if not request.seeds or len(set(request.seeds)) < len(request.seeds) or min(request.seeds) < 0:
+        raise ValueError(f"seeds {list(request.seeds)}: give different whole numbers from 0 up")
+    notebooks_path = notebooks_dir(folder)
+    params_dir = Path(os.environ.get("RESONATE_PARAMS") or notebooks_path / "params").resolve()
+    resolved = config.resolve_all(request.profile, params_dir)
+    notebooks = discover(notebooks_path, request.only, request.all_notebooks)
+    declared = {number: inspect(path) for number, path in notebooks.items()}
+    parameters = check_parameters(request.overrides, declared, request.profile, params_dir)
+    from_path = versions.find(request.from_version, results) if request.from_version else None
+    payload = {
+        "profile": request.profile,
+        "seeds": list(request.seeds),
+        "notebooks": [path.stem for path in notebooks.values()],
+        "from": from_path.name if from_path else None,
+        "from_scratch": request.from_scratch,
+        "overrides": parameters,
+        "config": resolved,
+    }
+    return Plan(
+        request,
+        notebooks,
+        parameters,
+        {number: set(names) for number, names in declared.items()},
+        payload,
+        params_dir,
+        from_path,
+    )
+
+
+def start(
+    request: Request,
+    *,
+    folder: str | os.PathLike | None = None,
+    results: str | os.PathLike | None = None,
+    every: float = 10.0,
+) -> tuple[Path, dict[str, Any]]:
+    """Run a new version; returns its folder and its final record. Raises ValueError before anything is started."""
+    root = versions.results_dir(results)
+    plan = make_plan(request, folder=folder, results=root)
+    versions.require_space(root, plan.payload["config"]["suite"]["disk_mb"])
+    version = versions.allocate(request.profile, plan.payload, root)
+    run = {
+        "version": version.name,
+        "status": "RUNNING",
+        "exit_reason": "",
+        **{key: plan.payload[key] for key in ("profile", "seeds", "from", "from_scratch", "overrides")},
+        "started": now(),
+        "ended": None,
+        "seconds": 0.0,
+        "peak_rss_mb": 0.0,
+        "runner": record.this_process(),
+        "git": record.git_state(CHECKOUT),
+        "packages": record.package_versions(),
+        "machine": record.machine(),
+        "config": plan.payload["config"],
+        "notebooks": {key: {"status": "PENDING"} for key, *_ in plan.jobs()},
+        "inputs": {},
+        "artefacts": {},
+        "resumed": [],
+    }
+    record.write_json(version / "run.json", run)
+    record.atomic_write(version / "params.yaml", yaml.safe_dump(plan.payload, sort_keys=False, allow_unicode=True))
+    return version, _run(plan, version, run, every)
+
+
+def resume(
+    name: str, *, folder: str | os.PathLike | None = None, results: str | os.PathLike | None = None, every: float = 10.0
+) -> tuple[Path, dict[str, Any]]:
+    """Go on with a version that is not DONE: finished notebooks stay, the others run, their training from its last
+    save.
+
+    Raises ValueError when it is DONE, is running, or the configuration has changed since.
+    """
+    root = versions.results_dir(results)
+    version = versions.find(name, root)
+    run = versions.read(version)
+    if run["status"] == "DONE":
+        raise ValueError(f"{version.name} is DONE and is never edited: start a new run")
+    if run["status"] == "RUNNING":
+        raise ValueError(f"{version.name} is running now (process {run['runner']['pid']}): wait for it or stop it")
+    recorded = yaml.safe_load((version / "params.yaml").read_text(encoding="utf-8"))
+    overrides = {name: value for values in recorded["overrides"].values() for name, value in values.items()}
+    request = Request(
+        profile=recorded["profile"],
+        seeds=tuple(recorded["seeds"]),
+        overrides=overrides,
+        only=tuple(recorded["notebooks"]),
+        from_version=recorded["from"],
+        from_scratch=recorded["from_scratch"],
+    )
+    plan = make_plan(request, folder=folder, results=root)
+    if plan.payload != recorded:
+        raise ValueError(
+            f"{version.name}: the profile, the defaults or the notebooks have changed since it started, so it "
+            "cannot end as it would have: start a new run"
+        )
+    versions.require_space(root, plan.payload["config"]["suite"]["disk_mb"])
+    run.update(status="RUNNING", exit_reason="", runner=record.this_process())
+    run["resumed"].append({"at": now(), "git": record.git_state(CHECKOUT)})
+    record.write_json(version / "run.json", run)
+    return version, _run(plan, version, run, every)
+
+
+def _run(plan: Plan, version: Path, run: dict[str, Any], every: float) -> dict[str, Any]:
+    """Execute what is not DONE, and close the record. A full disk or Ctrl-C ends the run with its reason."""
+    begun, before = time.monotonic(), run["seconds"]
+    record.atomic_write(version / ".reserve", b"\0" * 2**18)  # given back at the end: a full disk can still be recorded
+    status, reason = "DONE", ""
+    run["inputs"] = record.sources(
+        CHECKOUT, [*plan.notebooks.values(), plan.params_dir / f"{plan.request.profile}.yaml"]
+    )
+    try:
+        with _terminable(), kernel.Watch(every=every) as watch:
+            status, reason = _jobs(plan, version, run, watch)
+            if status == "DONE" and len(plan.request.seeds) > 1:
+                versions.summarise(version)
+    except KeyboardInterrupt:
+        status, reason = "INTERRUPTED", "interrupted between notebooks"
+    except OSError as error:
+        status, reason = "FAILED", record.explain(error, version)
+    except ValueError as error:
+        status, reason = "FAILED", f"summary over the seeds: {error}"
+    with _undisturbed():
+        run.update(status=status, exit_reason=reason, ended=now(), seconds=round(before + time.monotonic() - begun, 1))
+        with contextlib.suppress(OSError):
+            _close(version, run)
+    return run
+
+
+def _close(version: Path, run: dict[str, Any]) -> None:
+    (version / ".reserve").unlink(missing_ok=True)
+    if run["status"] == "DONE":
+        for state in [version / ".state", *version.glob("seed*/.state")]:
+            shutil.rmtree(state, ignore_errors=True)
+    run["artefacts"] = record.tree(version, versions.UNHASHED)
+    record.write_json(version / "run.json", run)
+
+
+def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -> tuple[str, str]:
+    expected = _expected(plan, version)
+    waiting = [job for job in plan.jobs() if run["notebooks"].get(job[0], {}).get("status") != "DONE"]
+    for place, (key, number, seed, inner) in enumerate(waiting):
+        path, folder = plan.notebooks[number], version / inner if inner else version
+        folder.mkdir(exist_ok=True)
+        run["notebooks"][key] = {"status": "RUNNING", "started": now()}
+        record.write_json(version / "run.json", run)
+        cells = len(nbformat.read(path, as_version=4).cells)
+        watch.begin(
+            f"{key} ({place + 1}/{len(waiting)})",
+            cells,
+            expected[number],
+            sum(expected[job[1]] for job in waiting[place + 1 :]),
+        )
+        outcome = _one(plan, number, seed, folder, watch)
+        notes = folder / "notes" / f"{path.stem}.json"
+        run["notebooks"][key] = {
+            "status": outcome.status,
+            "started": run["notebooks"][key]["started"],
+            "seconds": round(outcome.seconds, 1),
+            "peak_rss_mb": round(outcome.peak_rss_mb),
+            "exit_reason": outcome.reason,
+            "notes": json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {},
+        }
+        run["peak_rss_mb"] = max(run["peak_rss_mb"], round(outcome.peak_rss_mb))
+        if outcome.status != "DONE":
+            return outcome.status, f"{key}: {outcome.reason}"
+        record.write_json(version / "run.json", run)
+    return "DONE", ""
+
+
+def _one(plan: Plan, number: str, seed: int, folder: Path, watch: kernel.Watch) -> kernel.Outcome:
+    path = plan.notebooks[number]
+    given = {"profile": plan.request.profile, "seed": seed, **plan.parameters[number]}
+    values = {name: value for name, value in given.items() if name in plan.declared[number]}
+    variables = kernel.environment(
+        folder,
+        path.stem,
+        params_dir=plan.params_dir,
+        from_version=plan.from_path,
+        from_scratch=plan.request.from_scratch,
+        offline=plan.payload["config"]["suite"]["world"] == "embedded",
+    )
+    return kernel.execute(path, folder / "notebooks" / path.name, values, variables, watch)
+
+
+def _expected(plan: Plan, version: Path) -> dict[str, float]:
+    """{number: seconds}: from the latest finished run of the same kind, else from the profile's table, else a
+    minute."""
+    profile = config.load_profile(plan.request.profile, plan.params_dir)
+    minutes = profile.get("minutes", {})
+    if plan.request.from_scratch:
+        minutes = {**minutes, **profile.get("minutes_from_scratch", {})}
+    seconds = {number: 60.0 * float(minutes.get(number, 1)) for number in plan.notebooks}
+    for name in versions.table(version.parent)["version"]:
+        with contextlib.suppress(ValueError, KeyError):
+            run = versions.read(version.parent / name)
+            if run["profile"] != plan.request.profile or run["from_scratch"] != plan.request.from_scratch:
+                continue
+            for key, item in run["notebooks"].items():
+                if item["status"] == "DONE":
+                    seconds[key.split("/")[-1][:2]] = float(item["seconds"])
+    return seconds
+
+
+@contextlib.contextmanager
+def _terminable():
+    """Let a polite kill (SIGTERM) end the run as Ctrl-C does: with a record."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """While the record is closed, further Ctrl-C wait."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def now() -> str:
+    """Local time with its offset, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def report(version: Path, run: dict[str, Any]) -> int:
+    """Say on standard error how the run ended, print the folder on standard output, and return the exit code."""
+    spent, memory = kernel.clock(run["seconds"]), run["peak_rss_mb"] / 1024
+    if run["status"] == "DONE":
+        print(f"DONE in {spent}, peak memory {memory:.1f} GB", file=sys.stderr)
+    elif run["status"] == "INTERRUPTED":
+        print(
+            f"interrupted: {run['exit_reason']}; go on with `python -m resonate_lib run --resume {version.name}`",
+            file=sys.stderr,
+        )
+    else:
+        print(f"error: {run['exit_reason']}; executed notebooks are in {version}", file=sys.stderr)
+    print(version, flush=True)
+    return {"DONE": 0, "INTERRUPTED": 130}.get(run["status"], 1)

@@ -1,0 +1,444 @@
+"""Every knob of the suite, one frozen dataclass per stage, and the one place where values are read and checked.
+
+A value comes from the notebook's parameters cell (`-p`), else from `notebooks/params/<profile>.yaml`, else from the
+default here. Values are checked whenever a dataclass is made, wherever it is made. Nothing here touches files other
+than the profiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+MINUTES_KEYS = ("minutes", "minutes_from_scratch")  # profile tables {notebook number: minutes} for the first estimate
+
+C = TypeVar("C", bound="Config")
+
+
+def knob(
+    default: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    why: str = "",
+) -> Any:
+    """A dataclass field with its allowed range: low <= value <= high, value > above, or one of `choices`.
+
+    `why` replaces the general advice in the error. For a tuple every element is checked.
+    """
+    limits = {"low": low, "above": above, "high": high, "choices": choices, "why": why}
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of the parameter classes: `section` names the block in the profile file. Raises ValueError on a bad
+    value."""
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in field_types(type(self)).items():
+            value = coerce(name, getattr(self, name), kind)
+            object.__setattr__(self, name, value)
+            _check_range(name, value, self.__dataclass_fields__[name].metadata)
+        self.check()
+
+    def check(self) -> None:
+        """Rules between fields; a subclass raises ValueError."""
+
+
+@dataclass(frozen=True)
+class SuiteConfig(Config):
+    """What holds for the whole profile."""
+
+    section: ClassVar[str] = "suite"
+    world: str = knob("embedded", choices=("embedded", "folder"))  # synthetic scenes, or recordings with a caption file
+    weights: str = (
+        "tiny"  # folder in resonate_lib/weights, a hub id or a local directory: where untrained parts come from
+    )
+    sample_rate: int = knob(16000, low=8000, high=48000)  # Hz of the generator's audio
+    seconds: float = knob(4.0, above=0, high=60)  # length of a clip
+    disk_mb: int = knob(600, low=1)  # free space a run of this profile asks for before it starts
+    preview_prompts: int = knob(4, low=1)  # clips made by notebook 00
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """Notebook 01: how large the corpus is, or where yours lies."""
+
+    section: ClassVar[str] = "data"
+    train_clips: int = knob(8000, low=4)
+    validation_clips: int = knob(400, low=2)
+    test_clips: int = knob(400, low=2)
+    judge_clips: int = knob(4000, low=4)  # scenes of the independent judge; no other model hears them
+    world_seed: int = knob(0, low=0)  # which event combinations are held out
+    folder: str = ""  # your recordings; empty: the embedded world
+    captions: str = ""  # caption file inside `folder` (csv or jsonl with audio_path or audio_id, and caption)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Config):
+    """Notebook 02: flow-matching pre-training of the base model."""
+
+    section: ClassVar[str] = "pretrain"
+    steps: int = knob(6000, low=1)  # optimizer steps
+    batch_size: int = knob(64, low=1)  # clips a step
+    learning_rate: float = knob(1e-3, above=0, high=1)
+    weight_decay: float = knob(1e-6, low=0)
+    warmup_steps: int = knob(100, low=0)  # linear, then the schedule
+    caption_dropout: float = knob(0.1, low=0, high=0.9)  # share trained on the empty prompt, which guidance needs
+    hidden_dim: int = knob(192, low=8)
+    depth: int = knob(6, low=1)  # all blocks
+    fused_depth: int = knob(4, low=0)  # of them audio-only
+    num_heads: int = knob(3, low=1)
+    ema_decay: float = knob(0.0, low=0, high=0.99999)  # 0: none
+    max_grad_norm: float = knob(1.0, above=0)
+    precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+
+    def check(self) -> None:
+        if self.fused_depth > self.depth:
+            raise ValueError(f"fused_depth={self.fused_depth}: at most depth={self.depth}, of which it is a part")
+        if self.hidden_dim % (2 * self.num_heads):
+            raise ValueError(f"hidden_dim={self.hidden_dim}: must be a multiple of 2 * num_heads={2 * self.num_heads}")
+
+
+@dataclass(frozen=True)
+class RewardConfig(Config):
+    """Notebook 02: training of the small reward models, and which published ones the larger profiles use."""
+
+    section: ClassVar[str] = "reward"
+    clap_steps: int = knob(1500, low=1)
+    clap_batch_size: int = knob(64, low=2, why="contrastive learning needs another clip; use 2 or more")
+    clap_learning_rate: float = knob(1e-3, above=0, high=1)
+    lalm_steps: int = knob(2000, low=1)
+    lalm_batch_size: int = knob(48, low=1)
+    lalm_learning_rate: float = knob(1e-3, above=0, high=1)
+    judge_steps: int = knob(1500, low=1)
+    judge_batch_size: int = knob(64, low=1)
+    judge_learning_rate: float = knob(1e-3, above=0, high=1)
+    eval_clips: int = knob(400, low=4)  # held-out clips of the accuracy table
+    clap_source: str = "shipped"  # or a checkpoint file / hub id of a laion_clap model
+    lalm_source: str = "shipped"  # or a directory / hub id of a transformers audio language model
+
+
+@dataclass(frozen=True)
+class DPOConfig(Config):
+    """Notebook 03: offline preference pairs and flow-DPO."""
+
+    section: ClassVar[str] = "dpo"
+    pairs: int = knob(384, low=1)  # pairs made by the frozen reference before ties are dropped
+    steps: int = knob(150, low=1)  # optimizer steps
+    batch_size: int = knob(32, low=1)  # pairs a step
+    num_steps: int = knob(25, low=1, high=1000)  # Euler steps per clip
+    guidance_scale: float = knob(1.0, low=0, high=20)
+    beta: float = knob(100.0, above=0)  # how far the preference may pull from the reference; larger stays closer
+    learning_rate: float = knob(1e-4, above=0, high=1)
+    sft_weight: float = knob(0.0, low=0)  # weight of the winner's flow loss (the CRPO term)
+    decode_iterations: int = knob(8, low=1, high=1000)  # phase-reconstruction rounds for the reward's ear
+    max_grad_norm: float = knob(1.0, above=0)
+    precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    reward: str = "lalm"  # reward spec: `clap`, `lalm`, a weighted mix, or module:function
+
+
+@dataclass(frozen=True)
+class GRPOConfig(Config):
+    """Notebooks 04 and 05: online Flow-GRPO on sampled trajectories."""
+
+    section: ClassVar[str] = "grpo"
+    steps: int = knob(30, low=1)  # rounds of sampling and updating
+    prompts_per_step: int = knob(16, low=1)
+    group_size: int = knob(12, low=2, why="a group of one has no advantage; use 2 or more")  # clips per prompt
+    num_steps: int = knob(10, low=2, high=1000)  # stochastic steps per clip
+    guidance_scale: float = knob(1.0, low=0, high=20)
+    noise_level: float = knob(0.7, above=0, high=2)  # exploration; for kind cps at most 1
+    kind: str = knob("sde", choices=("sde", "cps"))
+    timestep_fraction: float = knob(0.99, above=0, high=1)  # share of the steps trained, counted from noise
+    learning_rate: float = knob(1e-4, above=0, high=1)
+    clip_range: float = knob(1e-4, above=0, high=1)  # log-probs are means over dimensions, hence so small
+    adv_clip: float = knob(5.0, above=0)
+    beta: float = knob(0.004, low=0)  # KL weight; 0.04 with kl=paper is 0.004 with kl=exact at ten steps
+    kl: str = knob("exact", choices=("exact", "paper"))
+    global_std: bool = True  # deviation over all clips of a step instead of each group's own
+    minibatches: int = knob(2, low=1)  # optimizer steps per round
+    max_grad_norm: float = knob(1.0, above=0)
+    decode_iterations: int = knob(8, low=1, high=1000)
+    precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    reward: str = "clap"
+
+    def check(self) -> None:
+        if self.kind == "cps" and self.noise_level > 1:
+            raise ValueError(f"noise_level={self.noise_level}: at most 1 with kind=cps")
+        _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
+        if int(self.num_steps * self.timestep_fraction) < 1:
+            raise ValueError(
+                f"timestep_fraction={self.timestep_fraction}: trains none of {self.num_steps} steps; "
+                f"use {1 / self.num_steps:g} or more"
+            )
+
+
+@dataclass(frozen=True)
+class NFTConfig(Config):
+    """Notebook 04: the forward-process variant (DiffusionNFT), no trajectories."""
+
+    section: ClassVar[str] = "nft"
+    steps: int = knob(40, low=1)
+    prompts_per_step: int = knob(8, low=1)
+    group_size: int = knob(16, low=2, why="a group of one has no advantage; use 2 or more")
+    num_steps: int = knob(10, low=1, high=1000)  # Euler steps per clip, no guidance
+    learning_rate: float = knob(3e-4, above=0, high=1)
+    b: float = knob(1.0, above=0, high=1)  # strength of the implicit policies
+    beta_kl: float = knob(1e-4, low=0)
+    adv_clip: float = knob(5.0, above=0)
+    global_std: bool = True
+    times_per_sample: int = knob(2, low=1)  # training times drawn per clip
+    minibatches: int = knob(2, low=1)
+    decay: str = knob(
+        "linear", choices=("none", "linear", "late")
+    )  # of the old policy: 0 | min(0.001 s, 0.5) | after 75
+    max_grad_norm: float = knob(1.0, above=0)
+    decode_iterations: int = knob(8, low=1, high=1000)
+    precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    reward: str = "clap"
+
+    def check(self) -> None:
+        _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
+
+
+@dataclass(frozen=True)
+class EvalConfig(Config):
+    """Notebook 06: the benchmark."""
+
+    section: ClassVar[str] = "eval"
+    prompts: int = knob(128, low=2)  # held-out test prompts
+    samples_per_prompt: int = knob(2, low=1)
+    num_steps: int = knob(25, low=1, high=1000)
+    guidance_scales: tuple[float, ...] = knob((1.0, 2.0, 3.0), low=0, high=20)  # tried on validation
+    validation_prompts: int = knob(48, low=2)
+    best_of: int = knob(4, low=1)  # clips per prompt in the best-of row
+    decode_iterations: int = knob(32, low=1, high=1000)
+    bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval
+    batch_size: int = knob(32, low=1)
+    tta_bench: str = ""  # folder with the published benchmark's files; empty: the embedded one
+
+
+@dataclass(frozen=True)
+class ListenConfig(Config):
+    """Notebook 07: what is listened to."""
+
+    section: ClassVar[str] = "listen"
+    prompts: int = knob(8, low=1)
+    num_steps: int = knob(25, low=1, high=1000)
+    guidance_scale: float = knob(1.0, low=0, high=20)
+    decode_iterations: int = knob(60, low=1, high=1000)
+    loudness: str = knob("common_gain", choices=("common_gain", "bs1770"))
+    trials: int = knob(8, low=1)  # of the blind test
+
+
+CONFIGS: tuple[type[Config], ...] = (
+    SuiteConfig,
+    DataConfig,
+    PretrainConfig,
+    RewardConfig,
+    DPOConfig,
+    GRPOConfig,
+    NFTConfig,
+    EvalConfig,
+    ListenConfig,
+)
+SECTIONS: dict[str, type[Config]] = {cls.section: cls for cls in CONFIGS}
+
+# Which dataclasses a notebook resolves, main one first: the runner checks `-p name value` against them before a
+# kernel starts.
+NOTEBOOK_CONFIGS: dict[str, tuple[type[Config], ...]] = {
+    "00": (SuiteConfig, ListenConfig),
+    "01": (DataConfig,),
+    "02": (PretrainConfig, RewardConfig),
+    "03": (DPOConfig,),
+    "04": (GRPOConfig, NFTConfig),
+    "05": (GRPOConfig, RewardConfig),
+    "06": (EvalConfig,),
+    "07": (ListenConfig,),
+}
+
+
+def resolve(cls: type[C], profile: str = "tiny", *, params_dir: str | os.PathLike | None = None, **overrides: Any) -> C:
+    """Build `cls` from overrides that are not None, over the profile's section, over the defaults.
+
+    Raises ValueError in one line for an unknown profile or name (with the nearest match) and for a value out of range.
+    """
+    names = list(field_types(cls))
+    for name in overrides:
+        if name not in names:
+            raise ValueError(unknown("parameter", name, names))
+    values = dict(load_profile(profile, params_dir).get(cls.section, {}))
+    values.update({name: value for name, value in overrides.items() if value is not None})
+    return cls(**values)
+
+
+def load_profile(name: str, params_dir: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Read and check `params/<name>.yaml`: {section: {field: value}} and the tables of minutes.
+
+    params_dir: default `RESONATE_PARAMS`, else `notebooks/params` of the checkout. Raises ValueError for an unknown
+    profile, section or field, and for any value that its dataclass refuses.
+    """
+    folder = Path(params_dir or os.environ.get("RESONATE_PARAMS") or CHECKOUT / "notebooks" / "params")
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        if not known:
+            raise ValueError(f"no profiles in {folder}: run from a checkout of the suite, or set RESONATE_PARAMS")
+        raise ValueError(unknown("profile", str(name), known))
+    path = folder / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: not valid YAML ({' '.join(str(error).split())}); correct the file") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: holds {type(content).__name__}; expected sections such as `grpo:`")
+    for section, values in content.items():
+        _check_section(path.name, str(section), values)
+    return content
+
+
+def resolve_all(profile: str, params_dir: str | os.PathLike | None = None) -> dict[str, dict[str, Any]]:
+    """Every section of a profile with every value filled in: {section: {field: value}}, ready for YAML and for
+    hashing."""
+    return {section: plain(resolve(cls, profile, params_dir=params_dir)) for section, cls in SECTIONS.items()}
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The fields as plain YAML values (tuples become lists)."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def field_types(cls: type[Config]) -> dict[str, Any]:
+    """{field name: type} in order, without class variables."""
+    hints = typing.get_type_hints(cls)
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
+
+
+def unknown(what: str, name: str, known: list[str] | tuple[str, ...]) -> str:
+    """The error text for a name that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {what} {name!r}; {hint}"
+
+
+def coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind` (int, float, bool, str, tuple[float, ...]), from Python, YAML or a command line, strictly.
+
+    A float takes '3e-4', which YAML leaves a string; an int takes neither 1.5 nor '1.5'. Raises ValueError.
+    """
+    if typing.get_origin(kind) is tuple:
+        items = value.strip("[]() ").split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not items:
+            raise ValueError(f"{name}={value!r}: not a list; write values such as 1,2,3")
+        return tuple(coerce(name, item, typing.get_args(kind)[0]) for item in items)
+    text = value.strip() if isinstance(value, str) else value
+    if kind is bool:
+        answers = {"true": True, "false": False}
+        if isinstance(text, bool) or (isinstance(text, str) and text.lower() in answers):
+            return text if isinstance(text, bool) else answers[text.lower()]
+        raise ValueError(f"{name}={value!r}: not a yes or no; write true or false")
+    if kind is int:
+        if isinstance(text, int) and not isinstance(text, bool):
+            return text
+        if isinstance(text, str) and re.fullmatch(r"[+-]?\d+", text):
+            return int(text)
+        raise ValueError(f"{name}={value!r}: not a whole number; write digits only")
+    if kind is float:
+        return _coerce_float(name, value, text)
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{name}={value!r}: not a text; put it in quotes")
+
+
+def _coerce_float(name: str, value: Any, text: Any) -> float:
+    try:
+        number = float("not a number" if isinstance(text, bool) else text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r}: not a number; write one such as 0.5 or 3e-4") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r}: not finite; write a finite number")
+    return number
+
+
+def _check_range(name: str, value: Any, limits: Any) -> None:
+    if limits.get("choices") and value not in limits["choices"]:
+        raise ValueError(f"{name}={value!r}: {unknown('choice', str(value), limits['choices'])}")
+    low, above, high = limits.get("low"), limits.get("above"), limits.get("high")
+    for item in value if isinstance(value, tuple) else (value,):
+        advice = ""
+        if low is not None and item < low:
+            advice = limits["why"] or f"use {low:g} or more"
+        elif above is not None and item <= above:
+            advice = limits["why"] or f"use more than {above:g}"
+        elif high is not None and item > high:
+            advice = f"use {high:g} or less"
+        if advice:
+            raise ValueError(f"{name}={item}: {advice}")
+
+
+def _check_minibatches(minibatches: int, clips: int) -> None:
+    if minibatches > clips:
+        raise ValueError(f"minibatches={minibatches}: more than the {clips} clips of a step; use {clips} or fewer")
+
+
+def _check_section(file: str, section: str, values: Any) -> None:
+    if section not in SECTIONS and section not in MINUTES_KEYS:
+        raise ValueError(f"{file}: {unknown('section', section, [*SECTIONS, *MINUTES_KEYS])}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: section {section} holds {type(values).__name__}; expected `name: value` lines")
+    if section in MINUTES_KEYS:
+        return
+    for name in values:
+        if name not in field_types(SECTIONS[section]):
+            raise ValueError(
+                f"{file}: {unknown(f'{section} parameter', str(name), list(field_types(SECTIONS[section])))}"
+            )
+    try:
+        SECTIONS[section](**values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {section}: {error}") from None
+
+
+def derived(config: Config) -> str:
+    """The batch arithmetic that follows from a config, one fact a line; empty where nothing follows."""
+    if isinstance(config, (GRPOConfig, NFTConfig)):
+        clips = config.prompts_per_step * config.group_size
+        lines = [
+            f"clips per step   = {config.prompts_per_step} prompts x {config.group_size} = {clips}",
+            f"clips per update = {clips} / {config.minibatches} minibatches = about {clips / config.minibatches:g}",
+            f"clips in all     = {config.steps} steps x {clips} = {config.steps * clips}",
+            f"updates in all   = {config.steps} x {config.minibatches} = {config.steps * config.minibatches}",
+        ]
+        if isinstance(config, GRPOConfig):
+            trained = int(config.num_steps * config.timestep_fraction)
+            lines.append(f"steps trained    = {trained} of {config.num_steps} per clip")
+        return "\n".join(lines)
+    if isinstance(config, DPOConfig):
+        epochs = config.steps * config.batch_size / config.pairs
+        return (
+            f"clips generated  = 2 x {config.pairs} pairs = {2 * config.pairs}\n"
+            f"passes over pairs = {config.steps} steps x {config.batch_size} / {config.pairs} = {epochs:.1f}"
+        )
+    if isinstance(config, EvalConfig):
+        clips = config.prompts * config.samples_per_prompt
+        return f"clips per row    = {config.prompts} prompts x {config.samples_per_prompt} = {clips}"
+    if isinstance(config, PretrainConfig):
+        return f"clips seen       = {config.steps} steps x {config.batch_size} = {config.steps * config.batch_size}"
+    return ""

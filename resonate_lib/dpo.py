@@ -1,0 +1,189 @@
+"""Offline preference learning for flows: pairs made once by the frozen reference, then flow-DPO, with CRPO's extra
+term if asked.
+
+Sources: Diffusion-DPO (arXiv 2311.12908) in its flow form as in the published Resonate code; CRPO from TangoFlux
+(arXiv 2412.21037). Differs from the published code: ties are dropped instead of won by the first clip.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resonate_lib import flow
+from resonate_lib.models.flux_audio import Condition, FluxAudio
+from resonate_lib.online import collect, draw_seed, frozen_copy, make_optimizer, optimizer_step
+from resonate_lib.training import autocast, fit
+
+PROMPTS_PER_BATCH = 32  # of pair making; bounds memory and does not change the pairs' seeds
+
+
+class PreferenceLoss(NamedTuple):
+    """loss 0-dim; inside (B,) the log-odds that the winner is preferred; accuracy 0-dim, share of inside > 0."""
+
+    loss: Tensor
+    inside: Tensor
+    accuracy: Tensor
+
+
+def flow_dpo_loss(
+    err_win: Tensor, err_win_ref: Tensor, err_lose: Tensor, err_lose_ref: Tensor, *, beta: float
+) -> PreferenceLoss:
+    """-mean log sigmoid(inside), inside = -beta/2 ((e_win - e_win_ref) - (e_lose - e_lose_ref)); errors (B,), see
+    `velocity_error`.
+
+    At the reference it is ln 2.
+    """
+    inside = -0.5 * beta * ((err_win - err_win_ref) - (err_lose - err_lose_ref))
+    return PreferenceLoss(-F.logsigmoid(inside).mean(), inside, (inside > 0).float().mean())
+
+
+def crpo_loss(
+    err_win: Tensor,
+    err_win_ref: Tensor,
+    err_lose: Tensor,
+    err_lose_ref: Tensor,
+    *,
+    beta: float,
+    sft_weight: float = 1.0,
+) -> PreferenceLoss:
+    """`flow_dpo_loss` + sft_weight * mean(err_win): the flow-matching loss on winners keeps them likely (TangoFlux:
+    weight 1).
+    """
+    dpo = flow_dpo_loss(err_win, err_win_ref, err_lose, err_lose_ref, beta=beta)
+    return dpo._replace(loss=dpo.loss + sft_weight * err_win.mean())
+
+
+@dataclass
+class Pairs:
+    """P preferences in network space: win, lose (P, N, C); cond the P prompts; rewards (P, 2) winner first; ties
+    dropped before.
+    """
+
+    win: Tensor
+    lose: Tensor
+    cond: Condition
+    rewards: Tensor
+    prompts: list[str]
+    ties: int
+
+    def __len__(self) -> int:
+        return len(self.win)
+
+
+def _prompt_order(records: list[dict], count: int, generator: torch.Generator) -> list[dict]:
+    """`count` records, each used once before any is used again."""
+    order: list[int] = []
+    while len(order) < count:
+        order += torch.randperm(len(records), generator=generator).tolist()
+    return [records[i] for i in order[:count]]
+
+
+def make_pairs(generator, network: FluxAudio, reward, records: list[dict], config, *, seed: int = 0) -> Pairs:
+    """config.pairs pairs of siblings (one prompt, two noises) sampled by `network` without randomness in the solver;
+    ties dropped.
+
+    Winner: the higher reward. Source: the published "offline" sampling (25 Euler steps). ValueError when every pair
+    ties.
+    """
+    if not records:
+        raise ValueError("no prompts to make pairs of: give at least one record")
+    random = torch.Generator().manual_seed(seed)
+    chosen, parts = _prompt_order(records, config.pairs, random), []
+    for start in range(0, len(chosen), PROMPTS_PER_BATCH):
+        batch = chosen[start : start + PROMPTS_PER_BATCH]
+        parts.append(_pair_batch(generator, network, reward, batch, config, draw_seed(random)))
+    win, lose, cond, rewards, prompts = zip(*parts, strict=True)
+    pairs = Pairs(
+        torch.cat(win), torch.cat(lose), Condition.cat(list(cond)), torch.cat(rewards),
+        [prompt for part in prompts for prompt in part], 0,
+    )  # fmt: skip
+    pairs.ties = config.pairs - len(pairs)
+    if not len(pairs):
+        raise ValueError(
+            f"all {config.pairs} pairs tie: the reward does not tell these clips apart; use another reward or prompts"
+        )
+    return pairs
+
+
+def _pair_batch(generator, network, reward, records, config, seed):
+    """(win, lose, cond, rewards, prompts) of one batch, ties left out."""
+    rollouts = collect(
+        generator, network, reward, records, group_size=2, steps=config.num_steps, guidance_scale=config.guidance_scale,
+        seed=seed, decode_iterations=config.decode_iterations, precision=config.precision,
+    )  # fmt: skip
+    scores = rollouts.rewards.view(-1, 2)
+    first = 2 * torch.arange(len(scores)) + (scores[:, 1] > scores[:, 0]).long()
+    decided = scores[:, 0] != scores[:, 1]
+    win, lose = first[decided], (first ^ 1)[decided]
+    prompts = [rollouts.prompts[i] for i in win.tolist()]
+    rewards = torch.stack([rollouts.rewards[win], rollouts.rewards[lose]], 1)
+    return rollouts.latents[win], rollouts.latents[lose], rollouts.cond.index(win), rewards, prompts
+
+
+def pair_errors(
+    network: FluxAudio, pairs: Pairs, rows: Tensor, t: Tensor, noise: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Velocity errors (winner (B,), loser (B,)) float32, in one doubled batch, without guidance.
+
+    rows (B,); ONE time t (B,) and ONE noise (B, N, C) per pair, shared by its two clips, so that only the clips differ.
+    """
+    x0 = torch.cat([pairs.win[rows], pairs.lose[rows]])
+    cond, t, noise = pairs.cond.index(rows), torch.cat([t, t]).to(x0.device), torch.cat([noise, noise]).to(x0.device)
+    with autocast(precision, x0.device.type):
+        velocity = flow.guided(network, flow.interpolate(x0, noise, t), t, Condition.cat([cond, cond]), 1.0)
+    return tuple(flow.velocity_error(velocity, flow.velocity_target(x0, noise)).chunk(2))
+
+
+def update(network, reference, optimizer, pairs: Pairs, config, generator: torch.Generator) -> dict[str, float]:
+    """One optimizer step on config.batch_size pairs drawn without replacement (all of them when there are fewer).
+
+    t is uniform on [0, 1] (published; TangoFlux: logit-normal).
+    """
+    rows = torch.randperm(len(pairs), generator=generator)[: config.batch_size]
+    t = torch.rand(len(rows), generator=generator)
+    noise = torch.randn(len(rows), *pairs.win.shape[1:], generator=generator)
+    err_win, err_lose = pair_errors(network, pairs, rows, t, noise, config.precision)
+    with torch.no_grad():
+        ref_win, ref_lose = pair_errors(reference, pairs, rows, t, noise, config.precision)
+    out = crpo_loss(err_win, ref_win, err_lose, ref_lose, beta=config.beta, sft_weight=config.sft_weight)
+    out.loss.backward()
+    return {
+        "loss": out.loss.item(),
+        "accuracy": out.accuracy.item(),
+        "margin": out.inside.mean().item(),
+        "err_win": err_win.mean().item(),
+        "err_win_ref": ref_win.mean().item(),
+        "err_lose": err_lose.mean().item(),
+        "err_lose_ref": ref_lose.mean().item(),
+        "grad_norm": optimizer_step(network, optimizer, config.max_grad_norm),
+    }
+
+
+def train(
+    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None
+) -> list[dict]:
+    """Make pairs with the network as it is, then flow-DPO on generator.network, in place; returns one dict of metrics
+    per step.
+
+    The reference is a frozen copy of the network as it is when this is called (with a checkpoint: call it with the
+    same start; the pairs are a function of it and the seed). callback(i, metrics) runs after each step. Every row
+    repeats pairs, tied_pairs, reward_win and reward_lose of the data.
+    """
+    network = generator.network.train()
+    reference = frozen_copy(network)
+    pairs = make_pairs(generator, reference, reward, records, config, seed=seed)
+    win, lose = pairs.rewards.mean(0).tolist()
+    data = {"pairs": float(len(pairs)), "tied_pairs": float(pairs.ties), "reward_win": win, "reward_lose": lose}
+    optimizer = make_optimizer(network, config.learning_rate)
+
+    def step(i: int, random: torch.Generator) -> dict[str, float]:
+        metrics = update(network, reference, optimizer, pairs, config, random) | data
+        if callback is not None:
+            callback(i, metrics)
+        return metrics
+
+    modules = {"network": network, "optimizer": optimizer}
+    return fit(step, steps=config.steps, modules=modules, label="DPO", seed=seed, checkpoint=checkpoint)

@@ -1,0 +1,1 @@
+"""Measuring a generator: statistics with intervals, metrics, the benchmark, and the independent judge."""

@@ -1,0 +1,205 @@
+"""The independent judge of the embedded world: a convolutional event detector that hears waveforms.
+
+Another architecture than the rewards, trained on original scenes they never saw, never on codec or generated audio. It says
+which events occur, how often and in which order; its activity threshold is frozen on validation scenes.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from resonate_lib import training
+from resonate_lib.data import events, scenes
+from resonate_lib.models.codec import mel_basis
+
+REAL = torch.tensor([events.EVENTS[name].source == "real" for name in scenes.CLASSES])
+COUNTABLE = torch.tensor([name in scenes.COUNTABLE for name in scenes.CLASSES])
+MAX_COUNT = 4
+
+
+class Residual(nn.Module):
+    """Two dilated convolutions over time beside an identity."""
+
+    def __init__(self, width: int, dilation: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation),
+            nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, width, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
+class Judge(nn.Module):
+    """Dilated convolutions over a 64-band mel, and at 25 Hz the activity and the onsets of every class.
+
+    A class is present when it is active for at least 2 frames. Counted classes occur as often as their onsets rise above one
+    half; the others count once, however often they swell.
+    """
+
+    def __init__(self, width: int = 128, threshold: float = 0.5):
+        super().__init__()
+        self.config = {"width": width, "threshold": threshold}
+        self.register_buffer("window", torch.hann_window(800), persistent=False)
+        self.register_buffer("basis", mel_basis(scenes.SAMPLE_RATE, 800, 64), persistent=False)
+        self.stem = nn.Sequential(nn.BatchNorm1d(64), nn.Conv1d(64, width, 5, padding=2), nn.ReLU(),
+                                  nn.Conv1d(width, width, 4, stride=2, padding=1))
+        self.blocks = nn.Sequential(*[Residual(width, dilation) for dilation in (1, 2, 4, 8, 1, 2)])
+        self.head = nn.Sequential(nn.Conv1d(3 * width, width, 1), nn.ReLU(), nn.Conv1d(width, 2 * len(scenes.CLASSES), 1))
+
+    @property
+    def threshold(self) -> float:
+        return self.config["threshold"]
+
+    def mel(self, audio: torch.Tensor) -> torch.Tensor:
+        """(B, 64000) -> mel magnitudes (B, 200, 64) at 50 Hz."""
+        spectrum = torch.stft(audio, 800, 320, window=self.window, return_complex=True).abs()[..., :200]
+        return (self.basis @ spectrum).transpose(1, 2)
+
+    def forward(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mel magnitudes (B, 200, 64) -> logits of activity and of onsets, each (B, 100, classes)."""
+        x = self.blocks(self.stem(torch.log(mel + 1e-3).transpose(1, 2)))
+        whole = torch.cat([x.mean(2, keepdim=True), x.amax(2, keepdim=True)], dim=1).expand(-1, -1, x.shape[2])
+        return self.head(torch.cat([x, whole], dim=1)).float().transpose(1, 2).chunk(2, dim=-1)
+
+    @torch.no_grad()
+    def detect(self, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Waveforms (B, 64000) -> counts (B, classes) long, active (B, 100, classes) bool at 25 Hz."""
+        self.eval()
+        counts, active = [], []
+        for part in audio.split(64):
+            activity, onsets = self(self.mel(part))
+            on = activity.sigmoid() > self.threshold
+            rising = onsets.sigmoid() > 0.5
+            starts = rising & ~nn.functional.pad(rising, (0, 0, 1, 0))[:, :-1]
+            number = torch.where(COUNTABLE, starts.sum(1).clamp(1, MAX_COUNT), 1)
+            counts.append(torch.where(on.sum(1) >= 2, number, 0))
+            active.append(on)
+        return torch.cat(counts), torch.cat(active)
+
+    def score(self, audio: torch.Tensor, metadata: list[dict]) -> dict[str, torch.Tensor]:
+        """What was asked against what is heard, each (B,) float32.
+
+        tp, fp, fn: asked and heard occurrences matched within class and count (tp_real … over recorded classes alone).
+        exact: the heard multiset is the asked one and the relation is right. order: of clips that ask a sequence and
+        contain its events, whether they come in the asked order; nan elsewhere.
+        """
+        counts, active = self.detect(audio)
+        asked = asked_counts(metadata)
+        tp, fp, fn = torch.minimum(counts, asked), (counts - asked).clamp(min=0), (asked - counts).clamp(min=0)
+        order, relation = relation_scores(active, metadata)
+        scores = {"tp": tp.sum(1), "fp": fp.sum(1), "fn": fn.sum(1),
+                  "exact": (counts == asked).all(1) & relation,
+                  "tp_real": tp[:, REAL].sum(1), "fp_real": fp[:, REAL].sum(1), "fn_real": fn[:, REAL].sum(1)}
+        return {name: value.float() for name, value in scores.items()} | {"order": order}
+
+    def save(self, folder, **facts):
+        """judge.safetensors and judge.json (configuration, threshold, and the facts given: seed, scores)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}, folder / "judge.safetensors")
+        (folder / "judge.json").write_text(json.dumps({"config": self.config, **facts}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder) -> "Judge":
+        folder = Path(folder)
+        if not (folder / "judge.safetensors").is_file():
+            raise FileNotFoundError(f"no judge in {folder}: train it with `python -m resonate_lib run --from-scratch`")
+        judge = cls(**json.loads((folder / "judge.json").read_text())["config"])
+        state = load_file(folder / "judge.safetensors")
+        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        return judge.eval()
+
+
+def asked_counts(metadata: list[dict]) -> torch.Tensor:
+    """(B, classes) long: how often each event is asked."""
+    asked = torch.zeros(len(metadata), len(scenes.CLASSES), dtype=torch.long)
+    for row, record in zip(asked, metadata, strict=True):
+        for name, count in record["groups"]:
+            row[scenes.CLASSES.index(name)] += int(count)
+    return asked
+
+
+def relation_scores(active: torch.Tensor, metadata: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order (B,) float with nan, relation right (B,) bool) from frame activity (B, frames, classes).
+
+    A sequence is right when each group's mean active frame lies before the next one's and they overlap in less than half of
+    the shorter; "while" is right when the two overlap in at least a third of the shorter.
+    """
+    order = torch.full((len(metadata),), float("nan"))
+    right = torch.ones(len(metadata), dtype=torch.bool)
+    for index, record in enumerate(metadata):
+        names = [name for name, _ in record["groups"]]
+        if len(names) == 1:
+            continue
+        tracks = [active[index, :, scenes.CLASSES.index(name)] for name in names]
+        if not all(bool(track.any()) for track in tracks):
+            right[index] = False
+            continue
+        pairs = list(zip(tracks, tracks[1:], strict=False))
+        shared = [float((a & b).sum() / min(a.sum(), b.sum())) for a, b in pairs]
+        if record["relation"] == "while":
+            right[index] = shared[0] >= 1 / 3
+            continue
+        centres = [float(track.nonzero().float().mean()) for track in tracks]
+        in_order = all(a < b for a, b in zip(centres, centres[1:], strict=False))
+        order[index] = float(in_order)
+        right[index] = in_order and max(shared) < 0.5
+    return order, right
+
+
+def fit_judge(corpus, *, steps: int = 2500, batch_size: int = 48, learning_rate: float = 2e-3, seed: int = 7,
+              checkpoint=None, precision: str = "auto") -> tuple[Judge, list[dict]]:
+    """Train a judge on original scenes: binary cross-entropy of activity and (three times as heavy) of onsets, at 25 Hz."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    positions = torch.arange(len(corpus))
+    with torch.no_grad():
+        mels = torch.cat([judge.mel(corpus.waveforms(part)).half() for part in positions.split(256)])
+    activity = torch.cat([corpus.activity(part.tolist()).bool() for part in positions.split(1024)])
+    onsets = torch.cat([corpus.onsets(part.tolist()).bool() for part in positions.split(1024)])
+
+    def step(index, generator):
+        judge.train()
+        chosen = torch.randint(len(corpus), (batch_size,), generator=generator)
+        with training.autocast(precision):
+            active, rising = judge(_augment(mels[chosen].float(), generator))
+        cross_entropy = nn.functional.binary_cross_entropy_with_logits
+        activity_loss = cross_entropy(active, activity[chosen].float())
+        onset_loss = cross_entropy(rising, onsets[chosen].float())
+        loss = activity_loss + 3 * onset_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return {"loss": loss.item(), "activity_loss": activity_loss.item(), "onset_loss": onset_loss.item()}
+
+    history = training.fit(step, steps=steps, label="judge", seed=seed, checkpoint=checkpoint, save_every=200,
+                           modules={"judge": judge, "optimizer": optimizer, "schedule": schedule})
+    return judge.eval(), history
+
+
+def _augment(mel, generator):
+    """Random gain (±6 dB) and a random tilt (±4 dB from end to end) of (B, frames, bands): any microphone will do."""
+    decibels = torch.rand(len(mel), 2, 1, 1, generator=generator) * 2 - 1
+    tilt = torch.linspace(-1, 1, mel.shape[-1])
+    return mel * 10 ** ((6 * decibels[:, 0] + 4 * decibels[:, 1] * tilt) / 20)
+
+
+@torch.no_grad()
+def freeze_threshold(judge: Judge, corpus, thresholds=np.arange(0.2, 0.75, 0.05)) -> float:
+    """Set the activity threshold with the best exact match on (validation) scenes, and return it."""
+    audio = corpus.waveforms(range(len(corpus)))
+    best = (-1.0, 0.5)
+    for threshold in thresholds:
+        judge.config["threshold"] = round(float(threshold), 3)
+        best = max(best, (float(judge.score(audio, corpus.records)["exact"].mean()), judge.threshold))
+    judge.config["threshold"] = best[1]
+    return best[1]

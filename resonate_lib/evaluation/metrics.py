@@ -1,0 +1,136 @@
+"""Metrics of a set of clips and the table of them: event F1, exact match, order accuracy, scores, and audio sanity.
+
+Each metric is a sum over clips divided by a sum over clips, so one bootstrap serves all of them. Counts per clip come
+from the judge (`judge.py`), rows from the benchmark (`ttabench.py`), intervals from `stats.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from resonate_lib import audio as audio_io
+from resonate_lib.evaluation import stats
+
+NAN = float("nan")
+SUMMARY_COLUMNS = ("metric", "mean", "low", "high", "n", "prompts", "seeds")
+
+Parts = tuple[np.ndarray, np.ndarray]
+
+
+def event_f1(tp, fp, fn) -> float:
+    """Micro F1 over events: 2·tp / (2·tp + fp + fn) with the counts summed over all clips; nan when nothing is counted.
+
+    tp, fp, fn (M,): occurrences heard and asked, heard but not asked, asked but not heard; nan clips are left out.
+    """
+    top, bottom = _f1_parts(np.asarray(tp, float), np.asarray(fp, float), np.asarray(fn, float))
+    return _ratio(top, bottom)
+
+
+def exact_match(exact) -> float:
+    """Share of clips whose heard multiset of events is the asked one with the right relation; exact (M,) of 0 and 1."""
+    return _ratio(*_mean_parts(np.asarray(exact, float)))
+
+
+def order_accuracy(order) -> float:
+    """Share of clips with the asked order, among those where an order was asked; order (M,), nan where none was."""
+    return _ratio(*_mean_parts(np.asarray(order, float)))
+
+
+def _f1_parts(tp, fp, fn) -> Parts:
+    return 2 * tp, 2 * tp + fp + fn
+
+
+def _mean_parts(values) -> Parts:
+    return values, np.where(np.isfinite(values), 1.0, NAN)
+
+
+def _ratio(top, bottom) -> float:
+    known = np.isfinite(top) & np.isfinite(bottom)
+    total = float(np.sum(bottom[known]))
+    return float(np.sum(top[known])) / total if total else NAN
+
+
+def _column(rows: pd.DataFrame, name: str) -> np.ndarray:
+    if name not in rows:
+        raise ValueError(f"no column {name!r}: the rows have {', '.join(map(str, rows.columns))}")
+    return pd.to_numeric(rows[name]).to_numpy(float)
+
+
+def _f1_of(suffix: str, rows: pd.DataFrame) -> Parts:
+    counts = [_column(rows, key + suffix) for key in ("tp", "fp", "fn")]
+    return _f1_parts(*counts)
+
+
+def _f1_procedural(rows: pd.DataFrame) -> Parts:
+    return _f1_parts(*(_column(rows, key) - _column(rows, key + "_real") for key in ("tp", "fp", "fn")))
+
+
+# metrics that are not the plain mean of a column
+RATIOS: dict[str, Callable[[pd.DataFrame], Parts]] = {
+    "event_f1": lambda rows: _f1_of("", rows),
+    "event_f1_real": lambda rows: _f1_of("_real", rows),
+    "event_f1_procedural": _f1_procedural,
+}
+HEADLINE = ("exact", "event_f1", "order", "reward", "aqa", "clap")
+DEFAULT = (
+    "exact",
+    "event_f1",
+    "event_f1_real",
+    "event_f1_procedural",
+    "order",
+    "reward",
+    "aqa",
+    "clap",
+    "silent",
+    "clipping",
+)
+
+
+def parts(rows: pd.DataFrame, metric: str) -> Parts:
+    """Numerator and denominator (M,) of a metric for each row; a name not in RATIOS is the mean of that column."""
+    return RATIOS[metric](rows) if metric in RATIOS else _mean_parts(_column(rows, metric))
+
+
+def measure(rows: pd.DataFrame, metric: str, *, n: int = 2000, seed: int = 0) -> stats.Interval:
+    """One metric of the rows with its 95 % interval: prompts (id) resampled, training seeds as second level."""
+    top, bottom = parts(rows, metric)
+    return stats.bootstrap_ratio(top, bottom, rows["id"], seeds=rows["seed"], n=n, seed=seed)
+
+
+def summarise(
+    rows: pd.DataFrame, by: Sequence[str] = (), *, metrics: Sequence[str] = DEFAULT, n: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Metrics with 95 % intervals for every group of rows, one line per group and metric.
+
+    Returns the columns of `by`, then metric, mean, low, high, n (clips with a value), prompts, seeds. The order of
+    groups is that of their first row. A metric without any value in a group is nan with n=0.
+    """
+    by = list(by)
+    lines = []
+    groups = rows.groupby(by, sort=False, dropna=False) if by else [((), rows)]
+    for key, group in groups:
+        key = key if isinstance(key, tuple) else (key,)
+        for metric in metrics:
+            top, bottom = parts(group, metric)
+            known = np.isfinite(top) & np.isfinite(bottom)
+            value = measure(group, metric, n=n, seed=seed)
+            counts = (int(known.sum()), group["id"][known].nunique(), group["seed"][known].nunique())
+            lines.append((*key, metric, *value, *counts))
+    return pd.DataFrame(lines, columns=[*by, *SUMMARY_COLUMNS])
+
+
+def sanity(waveforms, sample_rate: int) -> dict[str, np.ndarray]:
+    """Per clip of (B, T): peak_dbfs, silent (peak under -50 dBFS), clipping (3 neighbours at 0.999), loudness (LUFS).
+
+    Look at the sound before any clamp. Loudness is nan for silence and for clips under 0.4 s.
+    """
+    long_enough = waveforms.shape[-1] >= 0.4 * sample_rate
+    return {
+        "peak_dbfs": np.array([audio_io.peak_dbfs(w) for w in waveforms]),
+        "silent": np.array([audio_io.is_silent(w) for w in waveforms]),
+        "clipping": np.array([audio_io.is_clipping(w) for w in waveforms]),
+        "loudness": np.array([audio_io.loudness(w, sample_rate) if long_enough else NAN for w in waveforms]),
+    }

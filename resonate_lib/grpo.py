@@ -1,0 +1,211 @@
+"""Flow-GRPO: policy gradients through the stochastic steps of a flow, advantages relative to the clips of one prompt.
+
+Formulas first, then one update, then `train`. Sources: Flow-GRPO (arXiv 2505.05470), the published Resonate code
+(arXiv 2603.11661). Differs from the published code: float32 master weights; the KL is exact unless kl="paper"; the
+final step is deterministic; a step where every group ties is skipped instead of crashing; latents are un-normalised
+before decoding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resonate_lib import flow, samplers
+from resonate_lib.models.flux_audio import Condition, FluxAudio
+from resonate_lib.online import (
+    Rollouts,
+    collect,
+    draw_records,
+    draw_seed,
+    frozen_copy,
+    group_advantages,
+    make_optimizer,
+    mean_of,
+    minibatches,
+    optimizer_step,
+    reward_metrics,
+)
+from resonate_lib.training import autocast, fit
+
+__all__ = ["clipped_surrogate", "group_advantages", "kl_penalty", "score_step", "train", "trained_steps", "update"]
+
+
+def clipped_surrogate(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip_range: float, adv_clip: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's pessimistic objective as a loss. All arguments (B,); returns (loss 0-dim, ratio (B,)).
+
+    mean of max(-A ratio, -A clamp(ratio, 1 +- clip_range)), A clamped to +-adv_clip. Because log_prob is a mean over
+    thousands of dimensions the ratio stays near 1, hence the published clip_range of 1e-4.
+    """
+    ratio = torch.exp(log_prob - old_log_prob)
+    adv = advantages.to(ratio).clamp(-adv_clip, adv_clip)
+    loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+    return loss, ratio
+
+
+def kl_penalty(mean: Tensor, mean_ref: Tensor, std_dev_t: Tensor, *, dt, kind: str = "exact") -> Tensor:
+    """KL between two Gaussian transitions of one deviation, in nats per dimension, 0-dim.
+
+    mean, mean_ref (B, ...); std_dev_t the SDE's a, broadcastable; dt = t_next - t (its sign does not matter).
+    "exact" divides the squared difference by 2 a^2 |dt|, the true variance; "paper" by 2 a^2, as published, which is
+    |dt| times as large: at ten steps beta 0.04 with "paper" is 0.004 with "exact". Mean over non-batch dimensions,
+    then batch.
+    """
+    if kind not in ("exact", "paper"):
+        raise ValueError(f"kl kind={kind!r}: allowed are 'exact' and 'paper'")
+    variance = std_dev_t**2
+    if kind == "exact":
+        dt = torch.as_tensor(dt, dtype=mean.dtype, device=mean.device).abs()
+        variance = variance * (dt.reshape(-1, *[1] * (mean.dim() - 1)) if dt.dim() else dt)
+    return ((mean - mean_ref) ** 2 / (2 * variance)).flatten(1).mean(1).mean()
+
+
+def _transition_kl(new: samplers.Transition, ref: samplers.Transition, kind: str, *, dt: float, sampler: str) -> Tensor:
+    """`kl_penalty` for either sampler: the deviation of CPS already is the transition's, so no dt enters."""
+    if sampler == "cps":
+        return kl_penalty(new.mean, ref.mean, new.std, dt=1.0, kind="exact")
+    return kl_penalty(new.mean, ref.mean, new.std_dev_t, dt=dt, kind=kind)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step j of stored trajectories: x (B, N, C) at t, x_next (B, N, C) at t_next."""
+
+    x: Tensor
+    x_next: Tensor
+    t: Tensor
+    t_next: Tensor
+    t_max: Tensor
+    noise_level: float
+    kind: str
+
+    @classmethod
+    def of(cls, trajectory: samplers.Trajectory, rows: Tensor, j: int) -> "Step":
+        latents, times = trajectory.latents, trajectory.times
+        return cls(
+            latents[rows, j],
+            latents[rows, j + 1],
+            times[j],
+            times[j + 1],
+            times[1],
+            trajectory.noise_level,
+            trajectory.kind,
+        )
+
+
+def score_step(network: FluxAudio, step: Step, cond: Condition, guidance_scale: float) -> samplers.Transition:
+    """Score the stored x_next under `network`, by the same expressions that sampled it; gradients flow through both
+    guidance branches.
+    """
+    v = flow.guided(network, step.x, step.t, cond, guidance_scale)
+    return samplers.sde_step(
+        step.x,
+        v,
+        step.t,
+        step.t_next,
+        noise_level=step.noise_level,
+        t_max=step.t_max,
+        kind=step.kind,
+        x_next=step.x_next,
+    )
+
+
+def trained_steps(trajectory: samplers.Trajectory, timestep_fraction: float) -> list[int]:
+    """The stochastic steps among the first int(steps * timestep_fraction): 0.99 of 10 leaves out the last, as
+    published.
+    """
+    limit = int((len(trajectory.times) - 1) * timestep_fraction)
+    return [j for j in trajectory.stochastic if j < limit]
+
+
+def _step_loss(network, reference, rollouts: Rollouts, rows: Tensor, j: int, config) -> tuple[Tensor, dict[str, float]]:
+    """Loss of trajectory step j on the clips `rows`, and what to report."""
+    trajectory, cond = rollouts.trajectory, rollouts.cond.index(rows)
+    step = Step.of(trajectory, rows, j)
+    with autocast(config.precision, step.x.device.type):
+        new = score_step(network, step, cond, config.guidance_scale)
+    old_log_prob, adv = trajectory.log_probs[rows, j], rollouts.advantages[rows]
+    loss, ratio = clipped_surrogate(
+        new.log_prob, old_log_prob, adv, clip_range=config.clip_range, adv_clip=config.adv_clip
+    )
+    kl = torch.zeros(())
+    if reference is not None:
+        with torch.no_grad(), autocast(config.precision, step.x.device.type):
+            ref = score_step(reference, step, cond, config.guidance_scale)
+        dt = float(step.t_next - step.t)
+        kl = _transition_kl(new, ref, config.kl, dt=dt, sampler=step.kind)
+        loss = loss + config.beta * kl
+    ratio = ratio.detach()
+    return loss, {
+        "loss": loss.item(),
+        "kl": kl.item(),
+        "ratio_mean": ratio.mean().item(),
+        "ratio_deviation": (ratio - 1).abs().max().item(),
+        "clip_fraction": ((ratio - 1).abs() > config.clip_range).float().mean().item(),
+        "approx_kl": 0.5 * (new.log_prob - old_log_prob).detach().square().mean().item(),
+    }
+
+
+def update(network, optimizer, reference, rollouts: Rollouts, config, generator: torch.Generator) -> dict[str, float]:
+    """One pass over the rollouts: `config.minibatches` optimizer steps, each over all trained trajectory steps.
+
+    Clips whose advantage is exactly 0 are dropped. Returns means over all (minibatch, step), `first_ratio_deviation`
+    (the first ratio must be 1: it measures nothing but rounding), and skipped = 1 when every clip was dropped and
+    nothing was learned.
+    """
+    steps = trained_steps(rollouts.trajectory, config.timestep_fraction)
+    if not steps:
+        raise ValueError(
+            f"timestep_fraction={config.timestep_fraction}: no stochastic step is trained; raise it or num_steps"
+        )
+    kept, rows, norms = rollouts.advantages.nonzero().flatten(), [], []
+    if not len(kept):
+        names = ("loss", "kl", "ratio_deviation", "clip_fraction", "approx_kl", "grad_norm", "first_ratio_deviation")
+        return {"ratio_mean": 1.0, **dict.fromkeys(names, 0.0), "trained_clips": 0.0, "skipped": 1.0}
+    for part in minibatches(kept, config.minibatches, generator):
+        for j in steps:
+            loss, row = _step_loss(network, reference, rollouts, part, j, config)
+            (loss / len(steps)).backward()
+            rows.append(row)
+        norms.append(optimizer_step(network, optimizer, config.max_grad_norm))
+    return {
+        **mean_of(rows),
+        "grad_norm": sum(norms) / len(norms),
+        "first_ratio_deviation": rows[0]["ratio_deviation"],
+        "trained_clips": float(len(kept)),
+        "skipped": 0.0,
+    }
+
+
+def train(
+    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None
+) -> list[dict]:
+    """Flow-GRPO on generator.network, in place; returns one dict of metrics per step.
+
+    records: dicts with prompt_text, config.prompts_per_step different ones a step, config.group_size clips each. The
+    KL's reference is the network as it is when this is called (with a checkpoint: call it with the same start).
+    callback(i, metrics) runs after each step. Metrics: `online.reward_metrics` and `update`. Source: the published
+    trainer's loop.
+    """
+    network = generator.network.train()
+    reference = frozen_copy(network) if config.beta > 0 else None
+    optimizer = make_optimizer(network, config.learning_rate)
+    sde = {"noise_level": config.noise_level, "kind": config.kind}
+
+    def step(i: int, random: torch.Generator) -> dict[str, float]:
+        chosen = draw_records(records, config.prompts_per_step, random)
+        rollouts = collect(
+            generator, network, reward, chosen, group_size=config.group_size, steps=config.num_steps, sde=sde,
+            guidance_scale=config.guidance_scale, seed=draw_seed(random), decode_iterations=config.decode_iterations,
+            precision=config.precision,
+        )  # fmt: skip
+        rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
+        metrics = reward_metrics(rollouts) | update(network, optimizer, reference, rollouts, config, random)
+        if callback is not None:
+            callback(i, metrics)
+        return metrics
+
+    modules = {"network": network, "optimizer": optimizer}
+    return fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint)

@@ -1,0 +1,328 @@
+"""Hearing the difference: players side by side, a page that plays anywhere, and a blind test with its preference rate.
+
+An item is a dict: prompt (str), clips (label -> mono waveform (T,), the same prompt and noise for each), and if
+wanted id, note. Within an item all clips share one gain, which is shown, so that differences in loudness stay
+audible. The template of the page is `listen.html` beside this file; sound is embedded as mp3, pictures as PNG, so
+nothing else is needed to open it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import ipywidgets
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import HTML
+from PIL import Image
+
+from resonate_lib import audio as audio_io
+from resonate_lib import plots
+from resonate_lib.evaluation import stats
+
+BASE = "base"
+QUESTION = "Which clip matches the text better?"
+MUTE = (
+    "No sound, or no player? The notebook is not trusted yet: run <code>jupyter trust</code> on this file and open it "
+    "again, or open <code>listen.html</code> in the run's folder."
+)
+TEMPLATE = Path(__file__).with_name("listen.html")
+PICTURE = (96, 32)  # rows of the spectrogram picture, shades: small enough to embed hundreds
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _array(waveform) -> np.ndarray:
+    samples = torch.as_tensor(waveform).detach().float().cpu().numpy()
+    if not np.isfinite(samples).all():
+        raise ValueError("a clip holds NaN or infinite samples; leave it out or look for the step that made them")
+    return samples
+
+
+def _sound(waveform, sample_rate: int, gain: float) -> str:
+    return _uri(audio_io.encode(_array(waveform) * gain, sample_rate, ".mp3"), "audio/mpeg")
+
+
+def _picture(decibels: np.ndarray, top: float) -> str:
+    """A spectrogram (bins, frames) as a small palette PNG, 80 dB down from `top`; of pooled bins the highest."""
+    rows, shades = PICTURE
+    edges = np.linspace(0, len(decibels), rows + 1).astype(int)[:-1]
+    pooled = np.maximum.reduceat(decibels, edges, axis=0)[::-1]
+    scaled = np.clip((pooled - top) / -plots.FLOOR_DB + 1, 0, 1)
+    image = Image.fromarray((scaled * (shades - 1)).round().astype(np.uint8), mode="P")
+    colors = matplotlib.colormaps["magma"](np.linspace(0, 1, shades))[:, :3]
+    image.putpalette((colors * 255).round().astype(np.uint8).tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True, bits=5)
+    return _uri(buffer.getvalue(), "image/png")
+
+
+def _loudness_match(clips: Mapping[str, object], sample_rate: int) -> dict[str, float]:
+    """Per clip the factor (at most 1) that makes it as loud as the quietest (BS.1770); silence: 1."""
+    levels = {}
+    for label, clip in clips.items():
+        levels[label] = audio_io.loudness(clip, sample_rate) if len(clip) >= 0.4 * sample_rate else math.nan
+    quietest = min((v for v in levels.values() if math.isfinite(v)), default=math.nan)
+    return {label: 10 ** ((quietest - v) / 20) if math.isfinite(v) else 1.0 for label, v in levels.items()}
+
+
+def _figures(
+    item: Mapping, sample_rate: int, *, match: bool = False, prefix: str = "", foot: str = ""
+) -> tuple[str, float]:
+    """The players of one item as HTML, and their common gain; match: apply the loudness match to the sound."""
+    clips = _checked(item)["clips"]
+    clips = {label: _array(clip) for label, clip in clips.items()}
+    factors = _loudness_match(clips, sample_rate)
+    heard = {label: clip * (factors[label] if match else 1.0) for label, clip in clips.items()}
+    gain = audio_io.common_gain(list(heard.values()))
+    decibels = {label: plots.spectrogram_db(clip * gain, sample_rate) for label, clip in heard.items()}
+    top = max(float(values.max()) for values in decibels.values())
+    parts = []
+    for index, (label, clip) in enumerate(heard.items()):
+        name, prompt = html.escape(label), html.escape(item["prompt"])
+        identity = f' id="{prefix}-{index}" data-match="{factors[label]:.4f}"' if prefix else ""
+        parts.append(
+            f"<figure style='margin:0'><figcaption>{name}</figcaption>"
+            f'<img alt="Spectrogram of {name}: {prompt}" style="width:100%;height:7rem" '
+            f'src="{_picture(decibels[label], top)}">'
+            f'<audio controls{identity} aria-label="{name}: {prompt}" style="width:100%" '
+            f'src="{_sound(clip, sample_rate, gain)}"></audio>{foot}</figure>'
+        )
+    return "\n".join(parts), gain
+
+
+def _checked(item: Mapping) -> Mapping:
+    if not item.get("clips") or "prompt" not in item:
+        raise ValueError(f"item with {sorted(item)}: it needs prompt and clips (label -> waveform), at least one clip")
+    return item
+
+
+def _meta(item: Mapping, clips: Mapping, sample_rate: int, gain: float) -> str:
+    seconds = max(len(clip) for clip in clips.values()) / sample_rate
+    note = f"{html.escape(str(item['note']))}. " if item.get("note") else ""
+    return (
+        f"{note}Common gain {20 * math.log10(gain):+.1f} dB. Spectrograms: 0–{seconds:.1f} s, "
+        f"0–{sample_rate / 2000:g} kHz, one scale of {-plots.FLOOR_DB:g} dB for all."
+    )
+
+
+def side_by_side(
+    prompt: str, clips: Mapping[str, object], sample_rate: int, *, match_loudness: bool = False, note: str = ""
+) -> HTML:
+    """Players and spectrograms of the clips of one prompt, beside each other, for a notebook.
+
+    clips: label -> waveform (T,). One common gain and one dB scale for all; match_loudness makes all as loud as the
+    quietest (ITU-R BS.1770) before that gain. Under each player stands what to do when it is mute.
+    """
+    item = {"prompt": prompt, "clips": clips, "note": note}
+    figures, gain = _figures(item, sample_rate, match=match_loudness, foot=f"<small>{MUTE}</small>")
+    matched = " Loudness matched to the quietest clip." if match_loudness else ""
+    return HTML(
+        f"<div><p><b>{html.escape(prompt)}</b><br><small>{_meta(item, clips, sample_rate, gain)}{matched}</small></p>"
+        '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:1rem">'
+        f"{figures}</div></div>"
+    )
+
+
+def listen_page(
+    path: str | os.PathLike,
+    items: Sequence[Mapping],
+    title: str,
+    *,
+    sample_rate: int,
+    note: str = "",
+    base: str = BASE,
+    seed: int = 0,
+) -> Path:
+    """Write one self-contained page: a section per prompt, a player per system, and a blind test without a server.
+
+    items: see the module's text. The blind test holds every other system against `base`, in an order drawn from
+    `seed`; it is hidden when no item has both. The same input gives the same bytes. Raises ValueError for no items or
+    a broken item.
+    """
+    if not items:
+        raise ValueError("no items to listen to: pass at least one dict with prompt and clips")
+    sections = []
+    for index, item in enumerate(items):
+        figures, gain = _figures(item, sample_rate, prefix=f"clip-{index}")
+        sections.append(
+            f'<section class="item"><h3>{html.escape(item["prompt"])}</h3>'
+            f'<p class="meta">{_meta(item, item["clips"], sample_rate, gain)}</p>'
+            f'<div class="clips">{figures}</div></section>'
+        )
+    body = "\n".join(sections)
+    data = {
+        "page": hashlib.sha256(body.encode()).hexdigest()[:12],
+        "base": base,
+        "items": [list(item["clips"]) for item in items],
+        "trials": make_trials(items, seed, base=base),
+    }
+    fields = {
+        "TITLE": html.escape(title),
+        "NOTE": f"<p>{html.escape(note)}</p>" if note else "",
+        "QUESTION": html.escape(QUESTION),
+        "BASE": html.escape(base),
+        "ITEMS": body,
+        # inside <script> only "<" can end the element or start a comment
+        "DATA": json.dumps(data, ensure_ascii=True).replace("<", "\\u003c"),
+    }
+    page = re.sub("%%([A-Z]+)%%", lambda match: fields[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    audio_io.write_bytes(path, page.encode())
+    return Path(path)
+
+
+# ---- blind test -------------------------------------------------------------------------------------------------
+
+
+def make_trials(items: Sequence[Mapping], seed: int, *, base: str = BASE) -> list[dict]:
+    """Trials of `base` against every other system of each item, order and sides drawn from the seed.
+
+    Each is a dict: trial (number), item (index), id, prompt, a, b (labels). Items without `base` give none.
+    """
+    rng = random.Random(seed)
+    trials = []
+    for index, item in enumerate(items):
+        for other in _checked(item)["clips"] if base in item["clips"] else ():
+            if other != base:
+                a, b = rng.sample([base, other], 2)
+                identity = str(item.get("id", index))
+                trials.append({"item": index, "id": identity, "prompt": item["prompt"], "a": a, "b": b})
+    rng.shuffle(trials)
+    return [{"trial": number, **trial} for number, trial in enumerate(trials)]
+
+
+class BlindTest:
+    """The blind test in a notebook: `.widget` to show; every answer is appended to `<folder>/<listener>.jsonl` at once.
+
+    items, sample_rate: as in `listen_page`; trials: from `make_trials`. A listener who comes back goes on at the
+    first trial without an answer in that file, so use one folder per run version.
+    """
+
+    def __init__(
+        self, items: Sequence[Mapping], trials: Sequence[dict], folder, *, sample_rate: int, listener: str = "listener"
+    ):
+        self.items, self.trials, self.sample_rate = items, list(trials), sample_rate
+        self.listener = listener
+        self.path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_-]', '_', listener) or 'listener'}.jsonl"
+        answered = {answer["trial"] for answer in _read_answers(self.path)} if self.path.exists() else set()
+        self.open = [trial for trial in self.trials if trial["trial"] not in answered]
+        self._text, self._players = ipywidgets.HTML(), ipywidgets.HTML()
+        choices = (("A", "A"), ("B", "B"), ("tie", "No difference"))
+        self._buttons = [ipywidgets.Button(description=text) for _, text in choices]
+        for button, (choice, _) in zip(self._buttons, choices, strict=True):
+            button.on_click(self._handler(choice))
+        self.widget = ipywidgets.VBox([self._text, self._players, ipywidgets.HBox(self._buttons)])
+        self._show()
+
+    def _handler(self, choice: str) -> Callable:
+        return lambda _: self.choose(choice)
+
+    def choose(self, choice: str) -> None:
+        """Answer the trial shown with "A", "B" or "tie", write the answer, and show the next trial."""
+        if choice not in ("A", "B", "tie"):
+            raise ValueError(f"choice={choice!r}: allowed are 'A', 'B' and 'tie'")
+        if not self.open:
+            raise ValueError("all trials are answered: make new ones with another seed to go on")
+        trial = self.open[0]
+        preferred = {"A": trial["a"], "B": trial["b"], "tie": "tie"}[choice]
+        answer = {key: trial[key] for key in ("trial", "id", "prompt", "a", "b")}
+        answer |= {"choice": choice, "preferred": preferred, "listener": self.listener}
+        append_answer(self.path, answer | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
+        self.open.pop(0)
+        self._show()
+
+    def _show(self) -> None:
+        for button in self._buttons:
+            button.disabled = not self.open
+        if not self.open:
+            self._text.value = f"<b>Done:</b> {len(self.trials)} answers in {html.escape(str(self.path))}"
+            self._players.value = ""
+            return
+        trial = self.open[0]
+        clips = self.items[trial["item"]]["clips"]
+        pair = {"A": clips[trial["a"]], "B": clips[trial["b"]]}
+        # the gain of the whole item, so that a system sounds as loud here as in the comparison
+        gain = audio_io.common_gain(list(clips.values()))
+        number = len(self.trials) - len(self.open) + 1
+        self._text.value = (
+            f"Trial {number} of {len(self.trials)}: <b>{html.escape(trial['prompt'])}</b><br>{html.escape(QUESTION)}"
+        )
+        self._players.value = "".join(
+            f'<p>{name} <audio controls aria-label="Clip {name}" src="{_sound(clip, self.sample_rate, gain)}"></audio>'
+            f"<br><small>{MUTE}</small></p>"
+            for name, clip in pair.items()
+        )
+
+
+def append_answer(path: str | os.PathLike, answer: Mapping) -> None:
+    """Append one answer as a JSON line; what stands in the file is never changed. OSError names the fix."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(dict(answer), ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"{path}: the answer cannot be written ({error.strerror}); free space or choose another folder"
+        ) from None
+
+
+def load_answers(folder: str | os.PathLike) -> list[dict]:
+    """All answers of the *.jsonl files of a folder, from notebooks or downloaded; a line found twice counts once."""
+    answers = {}
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        for answer in _read_answers(path):
+            answers[json.dumps(answer, sort_keys=True)] = answer
+    return list(answers.values())
+
+
+def _read_answers(path: Path) -> list[dict]:
+    answers = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            answer = json.loads(line)
+            complete = {"trial", "a", "b", "preferred"} <= set(answer)
+        except (json.JSONDecodeError, TypeError):
+            complete = False
+        if not complete:
+            raise ValueError(f"{path}, line {number}: not an answer with trial, a, b, preferred; remove the line")
+        answers.append(answer)
+    return answers
+
+
+def preference_rate(answers: Sequence[Mapping], *, base: str = BASE) -> pd.DataFrame:
+    """How often each system was preferred over `base`: system, wins, losses, ties, listeners, rate, low, high.
+
+    rate = wins / (wins + losses) with Wilson's 95 % interval; ties are counted apart; nan where nobody preferred
+    either.
+    """
+    lines = {}
+    for answer in answers:
+        if base not in (answer["a"], answer["b"]):
+            continue
+        system = answer["b"] if answer["a"] == base else answer["a"]
+        line = lines.setdefault(system, {"wins": 0, "losses": 0, "ties": 0, "names": set()})
+        line[{system: "wins", base: "losses"}.get(answer["preferred"], "ties")] += 1
+        line["names"].add(answer.get("listener", ""))
+    rows = []
+    for system, line in lines.items():
+        rate = stats.wilson(line["wins"], line["wins"] + line["losses"])
+        rows.append((system, line["wins"], line["losses"], line["ties"], len(line["names"]), *rate))
+    return pd.DataFrame(rows, columns=["system", "wins", "losses", "ties", "listeners", "rate", "low", "high"])

@@ -1,0 +1,171 @@
+"""What every online algorithm shares: draw prompts, sample groups of clips, hear them with the reward, compare within
+groups.
+
+No gradients here, and no algorithm: `grpo.py`, `nft.py` and `dpo.py` decide what to learn from the rollouts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resonate_lib import samplers
+from resonate_lib.models.flux_audio import Condition, FluxAudio
+from resonate_lib.training import autocast
+
+
+@dataclass
+class Rollouts:
+    """n = prompts * group_size clips, siblings adjacent.
+
+    latents (n, N, C) final, in network space; cond the n conditions; rewards (n,) float32; parts name -> (n,) what the
+    reward is made of; group_ids (n,); advantages (n,) float64 or None before they are computed; trajectory only with
+    an SDE; audio (n, T) as the reward heard it.
+    """
+
+    latents: Tensor
+    cond: Condition
+    rewards: Tensor
+    parts: dict[str, Tensor]
+    group_ids: Tensor
+    advantages: Tensor | None
+    trajectory: samplers.Trajectory | None
+    prompts: list[str]
+    audio: Tensor
+
+    @property
+    def groups(self) -> int:
+        return int(self.group_ids.max()) + 1
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, *, global_std: bool, eps: float = 1e-4) -> Tensor:
+    """Advantages (n,) float64: (reward - mean of its group) / (deviation + eps), population deviations.
+
+    rewards, group_ids: (n,). global_std: the deviation of all n rewards (published), else of the group. A group of
+    equal rewards gets exactly 0: its mean would be off by a rounding error that then counts as an advantage.
+    Source: GRPO (arXiv 2402.03300) as in Flow-GRPO. ValueError for a group of one, which has no advantage.
+    """
+    rewards, adv = rewards.detach().double().cpu(), torch.zeros(len(rewards), dtype=torch.float64)
+    group_ids = torch.as_tensor(group_ids).cpu()
+    for group in group_ids.unique():
+        members = (group_ids == group).nonzero().flatten()
+        values = rewards[members]
+        if len(members) == 1:
+            raise ValueError(
+                f"group {int(group)} holds one clip: a group of one has no advantage; use group_size 2 or more"
+            )
+        if bool((values == values[0]).all()):
+            continue
+        spread = (rewards if global_std else values).std(correction=0)
+        adv[members] = (values - values.mean()) / (spread + eps)
+    return adv
+
+
+def draw_records(records: list[dict], count: int, generator: torch.Generator) -> list[dict]:
+    """`count` different records at random. ValueError when there are fewer."""
+    if count > len(records):
+        raise ValueError(f"{count} prompts a step, but only {len(records)} records: give more records or ask for fewer")
+    return [records[i] for i in torch.randperm(len(records), generator=generator)[:count].tolist()]
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (1,), generator=generator))
+
+
+def sample_seeds(seed: int, count: int) -> list[int]:
+    """One seed per clip; the first ones do not depend on `count`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [draw_seed(generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def collect(
+    generator, network: FluxAudio, reward, records: list[dict], *, group_size: int, steps: int, guidance_scale: float,
+    seed: int, decode_iterations: int, sde: dict | None = None, precision: str = "auto",
+) -> Rollouts:  # fmt: skip
+    """Sample group_size clips for each record, decode them and score them.
+
+    generator: gives encode_prompts, decode, sample_rate, latent_shape; `network` is the policy that samples (it may be
+    a copy of generator.network). records: dicts with prompt_text, handed to the reward as metadata. sde: keyword
+    arguments of `samplers.rollout` (noise_level, kind, window, last_step_noise), or None for the deterministic solver.
+    The first noise and all later ones of clip i come from one generator seeded by (seed, i). Advantages are None:
+    deviations are the algorithm's choice.
+    """
+    metadata = [record for record in records for _ in range(group_size)]
+    prompts = [record["prompt_text"] for record in metadata]
+    cond = generator.encode_prompts([record["prompt_text"] for record in records]).repeat(group_size)
+    sources = [torch.Generator().manual_seed(s) for s in sample_seeds(seed, len(prompts))]
+    device = network.latent_mean.device
+    noise = torch.stack([torch.randn(*generator.latent_shape, generator=g) for g in sources]).to(device)
+    trajectory = None
+    with autocast(precision, device.type):
+        if sde is None:
+            latents = samplers.ode_sample(network, noise, cond, steps=steps, guidance_scale=guidance_scale)
+        else:
+            trajectory = samplers.rollout(
+                network, noise, cond, steps=steps, guidance_scale=guidance_scale, generators=sources, **sde
+            )
+            latents = trajectory.final
+    audio = generator.decode(latents, iterations=decode_iterations)
+    result = reward(audio, generator.sample_rate, prompts, metadata)
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}  # equal prompts form one group
+    group_ids = torch.tensor([numbers[prompt] for prompt in prompts])
+    return Rollouts(
+        latents, cond, result.scores.float().cpu(), result.parts, group_ids, None, trajectory, prompts, audio
+    )
+
+
+def reward_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """reward_mean and reward_std over the step's clips, zero_groups: share of prompts whose clips all tie, and part_*
+    means.
+
+    Parts may hold NaN where they do not apply; their mean is over the rest.
+    """
+    rewards, ids = rollouts.rewards, rollouts.group_ids
+    tied = [bool((rewards[ids == i] == rewards[ids == i][0]).all()) for i in range(rollouts.groups)]
+    metrics = {
+        "reward_mean": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "zero_groups": sum(tied) / len(tied),
+    }
+    return metrics | {f"part_{name}": part.float().nanmean().item() for name, part in rollouts.parts.items()}
+
+
+def minibatches(kept: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Indices `kept` (m,) in random order, in at most `count` parts that differ by one in size at most."""
+    shuffled = kept[torch.randperm(len(kept), generator=generator)]
+    return list(shuffled.tensor_split(min(count, len(kept))))
+
+
+def make_optimizer(network: FluxAudio, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over the trainable float32 weights with the published RL settings (betas 0.9/0.999, weight decay 1e-4, eps
+    1e-8).
+
+    The published code steps bfloat16 weights directly, where an update below 1/512 of a weight rounds to nothing.
+    """
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8, fused=True)
+
+
+def optimizer_step(network: FluxAudio, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+    """Clip, step, clear; returns the gradient norm before clipping. A norm that is not finite is an error, not a
+    silent skip.
+    """
+    norm = torch.nn.utils.clip_grad_norm_([p for p in network.parameters() if p.requires_grad], max_grad_norm)
+    if not bool(torch.isfinite(norm)):
+        raise FloatingPointError(f"gradient norm is {norm.item()}: lower the learning rate, or use precision='float32'")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def frozen_copy(network: FluxAudio) -> FluxAudio:
+    """A deep copy that is never trained: reference or old policy."""
+    import copy
+
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Column means of equal dicts."""
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}

@@ -1,0 +1,79 @@
+"""Flow-matching pre-training of a generator on captioned audio: codec fit, latent statistics, velocity regression."""
+
+import torch
+
+from resonate_lib import flow, training
+from resonate_lib.models.codec import MelCodec
+from resonate_lib.models.generator import Generator
+
+
+def fit_codec(corpus, *, clips: int = 3000, **config) -> tuple[MelCodec, float]:
+    """A mel codec fitted on the corpus's first clips; returns it and the share of variance its components keep."""
+    codec = MelCodec(sample_rate=corpus.sample_rate, **config)
+    count = min(clips, len(corpus))
+    kept = codec.fit(corpus.waveforms(range(start, min(start + 128, count))) for start in range(0, count, 128))
+    return codec, kept
+
+
+def encode_corpus(generator: Generator, corpus) -> torch.Tensor:
+    """Normalised latents (n, N, C) of the whole corpus; sets latent_mean and latent_std of the network from them first."""
+    raw = torch.cat([generator.codec.encode(corpus.waveforms(range(start, min(start + 256, len(corpus)))))
+                     for start in range(0, len(corpus), 256)])
+    with torch.no_grad():
+        generator.network.latent_mean.copy_(raw.mean((0, 1)).view_as(generator.network.latent_mean))
+        generator.network.latent_std.copy_(raw.std((0, 1)).view_as(generator.network.latent_std))
+    return generator.network.normalize(raw)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then ×0.1 at 80 % and at 90 % of the steps counted from the end of warm-up (the published schedule)."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    after = step - warmup
+    return 0.1 ** ((after >= 0.8 * steps) + (after >= 0.9 * steps))
+
+
+def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, batch_size: int = 64,
+          learning_rate: float = 1e-3, caption_dropout: float = 0.1, warmup: int = 100, weight_decay: float = 1e-6,
+          precision: str = "auto", seed: int = 0, checkpoint=None, decay: bool = True, seconds: float | None = None,
+          label: str = "base") -> list[dict]:
+    """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
+
+    AdamW (0.9, 0.95), gradient norm at most 1, published schedule (decay=False keeps the rate constant, as for training on).
+    """
+    import numpy as np
+
+    network = generator.network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    factor = lambda i: learning_rate_factor(i, steps if decay else 10**9, warmup)  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def step(index, rng):
+        positions = torch.randint(len(latents), (batch_size,), generator=rng).tolist()
+        words = np.random.default_rng(int(torch.randint(2**31, (1,), generator=rng)))
+        condition = generator.encode_prompts(captions(positions, words))
+        with training.autocast(precision):
+            loss = flow.flow_loss(network, latents[positions], condition, generator=rng, caption_dropout=caption_dropout)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        return {"loss": loss.item(), "grad_norm": norm.item()}
+
+    history = training.fit(step, steps=steps, label=label, seed=seed, checkpoint=checkpoint, save_every=500, seconds=seconds,
+                           modules={"network": network, "optimizer": optimizer, "schedule": schedule})
+    network.eval()
+    return history
+
+
+@torch.no_grad()
+def validation_loss(generator: Generator, latents: torch.Tensor, captions: list[str], *, seed: int = 0) -> float:
+    """Flow-matching loss on held-out latents (n, N, C), at times and noises that the seed fixes."""
+    rng = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for start in range(0, len(latents), 128):
+        part = latents[start : start + 128]
+        condition = generator.encode_prompts(captions[start : start + 128])
+        total += float(flow.flow_loss(generator.network, part, condition, generator=rng, caption_dropout=0.0)) * len(part)
+    return total / len(latents)

@@ -1,0 +1,8 @@
+"""Rewards: from a waveform and its prompt to a number. `load_reward` reads one from a line of configuration.
+
+`base` the contract, `clap` and `lalm` the two models, `lalm_training` how the second is trained, `rules` for transcripts.
+"""
+
+from resonate_lib.rewards.base import Checked, Reward, RewardResult, WeightedMix, check_result, load_reward
+
+__all__ = ["Checked", "Reward", "RewardResult", "WeightedMix", "check_result", "load_reward"]

@@ -1,0 +1,273 @@
+"""What a reward is: one protocol, the check every call passes, a weighted mix, and `load_reward`, which turns a line of
+configuration into a reward. The models that give scores live in `clap` and `lalm`, text rules in `rules`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+BUILT_IN = ("clap", "lalm")
+SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny"
+LONGEST_TRIM = 0.1  # seconds that may be cut off silently: codecs round a clip up to whole frames
+
+
+@dataclass
+class RewardResult:
+    """scores: (B,) float32 on the CPU, higher is better. parts: name -> (B,), what the scores are made of."""
+
+    scores: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """Scores a batch of waveforms against their prompts: audio (B, T) in [-1, 1], sample_rate in Hz, B prompts,
+    metadata a list of B dicts (the prompt records) or None."""
+
+    def __call__(
+        self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
+    ) -> RewardResult: ...
+
+
+def check_result(result: RewardResult, batch: int, name: str = "reward") -> RewardResult:
+    """The result with its scores and parts as (batch,) float32 tensors on the CPU.
+
+    Parts may hold nan where something was not asked; scores may not. Raises ValueError, naming the reward, for a wrong
+    type or shape and for scores that are not finite.
+    """
+    if not isinstance(result, RewardResult):  # one kind of error for everything the contract refuses
+        raise ValueError(  # noqa: TRY004
+            f"reward {name!r} returned {type(result).__name__}: a RewardResult(scores, parts) is needed"
+        )
+    scores = _vector(result.scores, batch, f"reward {name!r}: scores")
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(f"[{i}]={scores[i].item()}" for i in bad[:4])
+        raise ValueError(
+            f"reward {name!r}: {len(bad)} of {batch} scores are not finite ({shown}); return finite numbers"
+        )
+    parts = {key: _vector(part, batch, f"reward {name!r}: part {key!r}") for key, part in result.parts.items()}
+    return RewardResult(scores, parts)
+
+
+def _vector(values: Any, batch: int, what: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} are {type(values).__name__}, not {batch} numbers ({error})") from None
+    if tuple(tensor.shape) != (batch,):
+        raise ValueError(f"{what} have shape {tuple(tensor.shape)}; {(batch,)} is needed, one number for each clip")
+    return tensor
+
+
+class Checked:
+    """A reward whose every call is checked, what goes in and what comes out; errors carry its name."""
+
+    def __init__(self, reward: Reward, name: str):
+        self.reward, self.name = reward, name
+
+    def __call__(
+        self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
+    ) -> RewardResult:
+        if audio.ndim != 2:
+            raise ValueError(f"reward {self.name!r}: audio has shape {tuple(audio.shape)}; (clips, samples) is needed")
+        batch = audio.shape[0]
+        for what, values in (("prompts", prompts), ("metadata", metadata)):
+            if values is not None and len(values) != batch:
+                raise ValueError(f"reward {self.name!r}: {batch} clips but {len(values)} {what}; give one for each")
+        return check_result(self.reward(audio, sample_rate, prompts, metadata), batch, self.name)
+
+
+class WeightedMix:
+    """The per-sample weighted sum of rewards (not divided by the weights' sum), as in the published multi-reward.
+
+    terms: (weight, name, reward). Parts: each reward's own score under its name, and its parts under `name/part`.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, str, Reward]]):
+        names = [name for _, name, _ in terms]
+        if not terms or len(set(names)) < len(names):
+            raise ValueError(f"a mix of {names}: name at least one reward, and each of them once")
+        self.terms = [(float(weight), name, Checked(reward, name)) for weight, name, reward in terms]
+
+    def __call__(
+        self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
+    ) -> RewardResult:
+        scores, parts = torch.zeros(audio.shape[0]), {}
+        for weight, name, reward in self.terms:
+            result = reward(audio, sample_rate, prompts, metadata)
+            scores = scores + weight * result.scores
+            parts[name] = result.scores
+            parts.update({f"{name}/{key}": part for key, part in result.parts.items()})
+        return RewardResult(scores, parts)
+
+
+class FunctionReward:
+    """A user's function (audio, sample_rate, prompts, metadata) -> B numbers (or a RewardResult) as a reward.
+
+    Without metadata the function gets B empty dicts, so that it need not ask.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(
+        self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
+    ) -> RewardResult:
+        metadata = [{} for _ in prompts] if metadata is None else metadata
+        result = self.function(audio, sample_rate, prompts, metadata)
+        return result if isinstance(result, RewardResult) else RewardResult(result)
+
+
+def load_reward(spec: str, **context: Any) -> Checked:
+    """The reward a line of configuration names: 'clap', 'lalm', a sum such as '0.5*clap+0.5*lalm', or a user's own as
+    'path/to/file.py:function' or 'package.module:function' (also as a term of a sum).
+
+    context: `clap` and `lalm` are a directory or a ready reward each; `weights` is the directory that holds both
+    (default: the checkpoints shipped with the package); `text` is the text encoder for CLAP (default: MiniLM).
+    Raises ValueError or FileNotFoundError with the nearest match for a name that does not exist.
+    """
+    if not isinstance(spec, str) or not spec.strip():
+        raise ValueError(f"reward={spec!r}: name a reward, such as 'clap', '0.5*clap+0.5*lalm' or 'my_reward.py:score'")
+    if Path(spec.rpartition(":")[0]).is_file():
+        return Checked(_load_function(spec), spec)
+    terms = [_parse_term(term.strip(), spec) for term in spec.split("+")]
+    if len(terms) == 1 and terms[0][0] == 1.0:
+        return Checked(_load_one(terms[0][1], context), terms[0][1])
+    return Checked(WeightedMix([(weight, name, _load_one(name, context)) for weight, name in terms]), spec)
+
+
+def _parse_term(term: str, spec: str) -> tuple[float, str]:
+    weight, star, name = term.partition("*")
+    if not star:
+        return 1.0, _known(term, spec)
+    try:
+        return float(weight), _known(name.strip(), spec)
+    except ValueError as error:
+        if "could not convert" not in str(error):
+            raise
+        raise ValueError(f"reward={spec!r}: {weight!r} is not a number; write a sum as '0.5*clap+0.5*lalm'") from None
+
+
+def _known(name: str, spec: str) -> str:
+    if name in BUILT_IN or ":" in name:
+        return name
+    allowed = "'clap', 'lalm', 'file.py:function' or 'module:function'"
+    raise ValueError(f"reward={spec!r}: no reward {name!r}{_nearest(name, BUILT_IN)}; allowed are {allowed}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f" (nearest: {close[0]!r})" if close else ""
+
+
+def _load_one(name: str, context: dict) -> Reward:
+    if ":" in name:
+        return _load_function(name)
+    source = context.get(name) or Path(context.get("weights") or SHIPPED) / name
+    if callable(source):
+        return source
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"reward {name!r}: no checkpoint in {source}; train one in notebook 02 or name its folder"
+        )
+    # Imported here: a user's own reward should not pay for transformers.
+    if name == "clap":
+        from resonate_lib.rewards.clap import ClapReward
+
+        return ClapReward.load(source, text=context.get("text"))
+    from resonate_lib.rewards.lalm import LalmReward
+
+    return LalmReward.load(source)
+
+
+def _load_function(spec: str) -> FunctionReward:
+    where, _, name = spec.rpartition(":")
+    module = _load_file(Path(where).expanduser(), spec) if where.endswith(".py") else _load_module(where, spec)
+    function = getattr(module, name, None)
+    if not callable(function):
+        offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = _nearest(name, offered)
+        raise ValueError(f"reward={spec!r}: {where} has no function {name!r}{near}; it has {offered}")  # noqa: TRY004
+    return FunctionReward(function)
+
+
+def _load_file(path: Path, spec: str) -> Any:
+    if not path.is_file():
+        folder = path.parent
+        files = [p.name for p in folder.glob("*.py")] if folder.is_dir() else []
+        raise FileNotFoundError(f"reward={spec!r}: no file {path}{_nearest(path.name, files)}; check the path")
+    found = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises becomes one line that names the file
+        raise ValueError(f"reward={spec!r}: {path} does not load: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _load_module(name: str, spec: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise ValueError(f"reward={spec!r}: cannot import {name!r}: {type(error).__name__}: {error}") from error
+
+
+def to_clip(audio: Tensor, sample_rate: int, target_rate: int, seconds: float) -> Tensor:
+    """audio (B, T) at sample_rate as (B, target_rate·seconds) at target_rate: resampled, padded with silence at the end.
+
+    Raises ValueError when the audio is longer than the clip by more than 0.1 s: cutting events off would change the
+    score without a word.
+    """
+    if sample_rate != target_rate:
+        import torchaudio
+
+        audio = torchaudio.functional.resample(audio, sample_rate, target_rate)
+    samples = round(target_rate * seconds)
+    if audio.shape[-1] > samples + LONGEST_TRIM * target_rate:
+        length = audio.shape[-1] / target_rate
+        raise ValueError(
+            f"audio of {length:.2f} s: this reward hears {seconds:g} s; cut the clips or train a longer one"
+        )
+    return torch.nn.functional.pad(audio[..., :samples], (0, max(0, samples - audio.shape[-1])))
+
+
+@contextmanager
+def atomic_folder(directory: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `directory` that takes its name when the block ends well, and vanishes otherwise."""
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if directory.exists():
+            shutil.rmtree(directory)
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def initial_seed(seed: int, stream: int = 0) -> torch.Generator:
+    """A generator for what is drawn before training starts, apart from the training loop's own streams."""
+    return torch.Generator().manual_seed(1_000_003 * (seed + 1) + stream)
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup: int = 50) -> float:
+    """Linear warm-up to `peak`, then a half cosine down to a tenth of it: a function of the step alone, so that a
+    resumed run repeats it."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.45 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item()))

@@ -1,0 +1,278 @@
+"""The run folder as a notebook sees it: where to write, what to read, and how numbers reach the disk.
+
+    run = runs.open_run(run, profile=profile, seed=seed)
+    config = run.show(resolve(GRPOConfig, profile, steps=steps))     # printed and recorded
+    base = Generator.load(run.resolve_input("base"))                 # this run's, --from's, or the shipped one
+    ... train(..., checkpoint=run.state("grpo_clap"))                # a resumed run goes on here
+    base.save(run.checkpoint("grpo_clap"))
+    run.write_metrics("grpo_clap", history)                          # metrics/grpo_clap.csv and .json
+
+Under the runner the folder is given by RESONATE_RUN. A notebook opened by itself (Jupyter, plain papermill) writes into
+`results/scratch-<profile>-seed<seed>/`, so that notebooks opened one after another find each other's results; running
+it again overwrites, and trains anew. `run.json` is the runner's; a notebook leaves notes, which the runner copies into
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from resonate_lib import record
+from resonate_lib.config import CHECKOUT, Config, SuiteConfig, derived, plain, resolve
+from resonate_lib.versions import allocate, compare, find, results_dir, summarise, verify
+
+__all__ = [
+    "Run",
+    "allocate",
+    "cache_dir",
+    "compare",
+    "find",
+    "open_run",
+    "results_dir",
+    "summarise",
+    "verify",
+    "write_table",
+]
+
+# Same seed twice must give the same bytes, so a clock may not reach the metrics.
+TIMING_NAMES = {"elapsed", "minutes", "seconds", "time", "time_s", "wall", "wall_s", "seconds_per_step"}
+MADE_BY = {
+    "base": "02",
+    "clap": "02",
+    "lalm": "02",
+    "judge": "02",
+    "dpo": "03",
+    "grpo_clap": "04",
+    "nft": "04",
+    "grpo_lalm": "05",
+}
+
+
+def cache_dir() -> Path:
+    """The one place for corpora, features and downloads: RESONATE_CACHE, else `.cache/` in the checkout (made if
+    absent)."""
+    path = Path(os.environ.get("RESONATE_CACHE") or CHECKOUT / ".cache").resolve()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed's folder of a run. Folders are made when first asked for."""
+
+    path: Path  # the version itself, or its seed<k>/ when there are several seeds
+    profile: str
+    seed: int
+    notebook: str  # whose notes these are
+    scratch: bool = False  # opened without the runner
+    from_version: Path | None = None
+    from_scratch: bool = False  # nothing shipped may be used
+
+    @property
+    def metrics(self) -> Path:
+        return self._folder("metrics")
+
+    @property
+    def figures(self) -> Path:
+        return self._folder("figures")
+
+    @property
+    def audio(self) -> Path:
+        return self._folder("audio")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self._folder("checkpoints")
+
+    @property
+    def answers(self) -> Path:
+        """Listeners' answers: append-only, outside the checksums."""
+        return self._folder("answers")
+
+    @property
+    def version(self) -> Path:
+        """The version's top folder, which holds run.json (the run folder itself with one seed)."""
+        return self.path if not self.path.name.startswith("seed") or self.scratch else self.path.parent
+
+    def _folder(self, name: str) -> Path:
+        (self.path / name).mkdir(parents=True, exist_ok=True)
+        return self.path / name
+
+    def checkpoint(self, name: str) -> Path:
+        """Where to save the model `name`: `checkpoints/<name>` (not made)."""
+        return self.checkpoints / name
+
+    def state(self, name: str) -> Path | None:
+        """The file a training loop saves its state in and resumes from; None in a scratch folder, which always trains
+        anew."""
+        return None if self.scratch else self._folder(".state") / f"{name}.pt"
+
+    def resolve_input(self, name: str, *, kind: str = "checkpoints", optional: bool = False) -> Path | None:
+        """The file or folder `<kind>/<name>` of an earlier stage, and a note of where it came from and its sha256.
+
+        Looked for in this run, then in `--from VERSION` (its seed's folder, else its top), then (checkpoints only, not
+        with --from-scratch) among the shipped weights of the profile. Raises ValueError when it is nowhere; None if
+        `optional`.
+        """
+        places = [("this run", self.path / kind / name)]
+        if self.from_version is not None:
+            places += [
+                (self.from_version.name, self.from_version / inner / kind / name) for inner in (f"seed{self.seed}", "")
+            ]
+        if kind == "checkpoints" and not self.from_scratch:
+            places.append(("shipped", shipped_weights(self.profile) / name))
+        for source, path in places:
+            if path.exists():
+                self.record("inputs", {name: {"source": source, "sha256": record.sha256_tree(path)}})
+                return path
+        if optional:
+            return None
+        makers = MADE_BY.get(name, "")
+        first = (
+            f"run notebook {makers} first (--only {makers},...)" if makers else "run the notebook that makes it first"
+        )
+        looked = ", ".join(dict.fromkeys(source for source, _ in places))
+        raise ValueError(f"no {name!r} in {looked}: {first}, or give --from VERSION")
+
+    def show(self, config: Config) -> Any:
+        """Print the resolved values and the arithmetic that follows from them, note them, and return `config`."""
+        values = plain(config)
+        width = max(map(len, values))
+        print(f"{type(config).__name__} (profile {self.profile}, seed {self.seed})")
+        print("\n".join(f"  {name:<{width}} = {value}" for name, value in values.items()))
+        if derived(config):
+            print(derived(config))
+        self.record("config", {type(config).section: values})
+        return config
+
+    def record(self, key: str, value: Any) -> None:
+        """Note `value` (JSON) under `key`; two dicts are merged. Timings belong here, never in metrics."""
+        path = self._folder("notes") / f"{self.notebook}.json"
+        notes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        merge = isinstance(value, dict) and isinstance(notes.get(key), dict)
+        notes[key] = {**notes[key], **value} if merge else value
+        record.write_json(path, notes)
+
+    def write_metrics(self, name: str, content: Any) -> pd.DataFrame:
+        """Write a table (DataFrame or list of dicts) or a dict to `metrics/<name>.csv` and `.json`; returns it as
+        written."""
+        return write_table(self.metrics, name, content)
+
+
+def open_run(run: str | os.PathLike | None = None, *, profile: str = "tiny", seed: int = 0) -> Run:
+    """The folder this notebook writes to: `run` (a path), else RESONATE_RUN, else the scratch folder.
+
+    Raises ValueError for a version that is DONE, and where the folder cannot be written.
+    """
+    given = run or os.environ.get("RESONATE_RUN")
+    batch = os.environ.get("RESONATE_BATCH") == "1"
+    path = Path(given) if given else results_dir() / f"scratch-{profile}-seed{seed}"
+    path = path.resolve()
+    for top in (path, path.parent):
+        if (top / "run.json").is_file() and json.loads((top / "run.json").read_text(encoding="utf-8")).get(
+            "status"
+        ) == "DONE":
+            raise ValueError(
+                f"{top.name} is DONE and is never edited: start a new run, or leave `run` out for a scratch folder"
+            )
+    source = os.environ.get("RESONATE_FROM")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(record.explain(error, path)) from None
+    session = Path(os.environ.get("JPY_SESSION_NAME") or "notebook").stem
+    opened = Run(
+        path=path,
+        profile=profile,
+        seed=seed,
+        notebook=os.environ.get("RESONATE_NOTEBOOK") or session,
+        scratch=not batch,
+        from_version=find(source) if source else None,
+        from_scratch=os.environ.get("RESONATE_FROM_SCRATCH") == "1",
+    )
+    (path / "notes" / f"{opened.notebook}.json").unlink(missing_ok=True)
+    opened.record("opened", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    return opened
+
+
+def shipped_weights(profile: str) -> Path:
+    """The folder the profile's untrained parts come from: `suite.weights` as a local directory, or in
+    resonate_lib/weights."""
+    weights = resolve(SuiteConfig, profile).weights
+    local = Path(weights).expanduser()
+    return local if local.is_absolute() else Path(__file__).parent / "weights" / weights
+
+
+def write_table(folder: Path, name: str, content: Any) -> pd.DataFrame:
+    """Write `<name>.csv` and `<name>.json` into `folder`, byte for byte the same for the same numbers.
+
+    content: DataFrame, list of dicts (columns in order of first appearance), or a dict (CSV columns name, value; nested
+    keys joined by dots). Floats keep six significant digits; nan and inf are empty in CSV and null in JSON. Raises
+    ValueError for an empty table, a bad name, or a column that holds times (those belong in `run.record`).
+    """
+    if not name or set(name) & set("/\\. "):
+        raise ValueError(f"metrics name {name!r}: use letters, digits, - and _")
+    if isinstance(content, dict):
+        tidy: Any = _tidy(content)
+        rows = [{"name": key, "value": value} for key, value in _flat(tidy)]
+        names = [key.split(".")[-1] for key, _ in _flat(tidy)]
+    else:
+        rows = content.to_dict("records") if isinstance(content, pd.DataFrame) else list(content)
+        rows = [{str(key): _tidy(value) for key, value in row.items()} for row in rows]
+        tidy = rows
+        names = list(dict.fromkeys(key for row in rows for key in row))
+    if not rows:
+        raise ValueError(f"metrics {name!r}: the table is empty; write it once it has rows")
+    clocks = sorted(set(names) & TIMING_NAMES)
+    if clocks:
+        raise ValueError(
+            f"metrics {name!r}: {clocks[0]!r} holds a time, which differs between equal runs; use run.record"
+        )
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(_cell(column) for column in columns)]
+    lines += [",".join(_cell(row.get(column)) for column in columns) for row in rows]
+    record.atomic_write(folder / f"{name}.csv", "\n".join(lines) + "\n")
+    record.write_json(folder / f"{name}.json", tidy)
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _tidy(value: Any) -> Any:
+    """Plain Python with six significant digits; numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {str(key): _tidy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tidy(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
+        return _tidy(value.tolist())
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if value is pd.NA or value is pd.NaT:
+        return None
+    if isinstance(value, numbers.Real):
+        return float(format(float(value), ".6g")) + 0.0 if math.isfinite(value) else None
+    raise ValueError(f"metrics hold {type(value).__name__}: use numbers, text, lists and dicts")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = format(value, ".6g") if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n\r') else text
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        pairs += _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", item)]
+    return pairs

@@ -1,0 +1,83 @@
+"""The one training loop: progress, resume and safe checkpoints for everything the suite trains.
+
+What is trained is a `step` function; randomness comes from a generator seeded by (seed, step), so that a resumed run
+repeats an uninterrupted one. Precision lives here too: bf16 compute over float32 weights where the hardware has it.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import torch
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The CPU generator of one training step: a function of (seed, step) alone."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step * 7919 + 12_345) % 2**63)
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 matrix products are fast here: a GPU, or a CPU with AMX tiles."""
+    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(precision: str = "auto", device: str = "cpu"):
+    """Context of the compute precision: "float32", "bf16", or "auto" (bf16 where it is fast). Weights stay float32."""
+    if precision not in ("auto", "bf16", "float32"):
+        raise ValueError(f"precision={precision!r}: use 'auto', 'bf16' or 'float32'")
+    if precision == "float32" or (precision == "auto" and not has_fast_bf16()):
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16)
+
+
+def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoint=None, save_every: int = 100,
+        every_seconds: float = 5.0, seconds: float | None = None) -> list[dict]:
+    """Call step(i, generator) -> dict of numbers for i in 0..steps-1; returns the list of those dicts, each with its "step".
+
+    modules: {name: object with state_dict and load_state_dict}, everything that changes (network, optimiser, old policy).
+    checkpoint: file of the state, written atomically every `save_every` steps and read back if it is there.
+    seconds: stop after this much wall time instead (for baselines that get "the same time"); None means all steps.
+    """
+    history, start = _restore(checkpoint, modules)
+    began = told = time.monotonic()
+    for index in range(start, steps):
+        history.append({"step": index, **step(index, step_generator(seed, index))})
+        now = time.monotonic()
+        done = index + 1
+        if checkpoint and (done % save_every == 0 or done == steps):
+            save_state(checkpoint, modules, history, done)
+        if now - told > every_seconds or done == steps:
+            told = now
+            left = (now - began) / (done - start) * (steps - done)
+            numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(history[-1].items())[1:6])
+            print(f"{label}: step {done}/{steps}  {numbers}  {_clock(left)} left", flush=True)
+        if seconds is not None and now - began > seconds:
+            break
+    return history
+
+
+def _clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def save_state(path, modules, history, done):
+    """Write the training state atomically (tensors and plain values only, so that it loads with weights_only=True)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"modules": {name: module.state_dict() for name, module in modules.items()}, "history": history, "done": done}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _restore(path, modules):
+    if not path or not Path(path).is_file():
+        return [], 0
+    state = torch.load(path, weights_only=True)
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][name])
+    return state["history"], state["done"]

@@ -1,0 +1,253 @@
+"""Run versions on disk: allotting `results/<NNNN>-<profile>-<hash8>/`, finding, listing, comparing, summing up and
+verifying.
+
+The record of a version is its `run.json`, written by the runner alone. A version that is DONE is never edited.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from resonate_lib import record
+from resonate_lib.config import CHECKOUT, unknown
+
+NAME = re.compile(r"(\d{4,})-(.+)-([0-9a-f]{8})$")
+OPEN = ("RUNNING", "FAILED", "INTERRUPTED")  # what --resume may continue
+UNHASHED = ("run.json", "answers", ".state", ".reserve")  # the record itself, listeners' answers, working files
+
+
+def results_dir(results: str | os.PathLike | None = None) -> Path:
+    """Where versions live: the argument, else RESONATE_RESULTS, else `results/` in the checkout."""
+    return Path(results or os.environ.get("RESONATE_RESULTS") or CHECKOUT / "results").resolve()
+
+
+def require_space(folder: Path, megabytes: int) -> None:
+    """Make `folder` and write into it once. Raises OSError-free ValueError when it is not writable or nearly full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.atomic_write(folder / ".probe", b"\0" * 65536).unlink()
+        free = shutil.disk_usage(folder).free // 2**20
+    except OSError as error:
+        raise ValueError(record.explain(error, folder)) from None
+    if free < megabytes:
+        raise ValueError(
+            f"{folder} has {free} MB free and this profile needs {megabytes} MB: free some space, "
+            "or set RESONATE_RESULTS to another folder"
+        )
+
+
+def allocate(profile: str, payload: Any, results: Path) -> Path:
+    """Make a new version folder and return it. Two runs that start together get two numbers.
+
+    payload: the full resolved configuration, from which the name's hash is taken. Raises OSError.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.name.split("-")[0]) for path in _folders(results)), default=0)
+    while True:
+        claim = (
+            results / f".claim-{number:04d}"
+        )  # mkdir is exclusive, and says who has the number; the hashes may differ
+        try:
+            claim.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        try:
+            if any(path.name.startswith(f"{number:04d}-") for path in _folders(results)):
+                number += 1
+                continue
+            version = results / f"{number:04d}-{profile}-{record.hash8(payload)}"
+            version.mkdir()
+            return version
+        finally:
+            claim.rmdir()
+
+
+def find(version: str | os.PathLike, results: str | os.PathLike | None = None) -> Path:
+    """The folder of a version given as path, full name, number (`3`, `0003`) or `latest`. Raises ValueError."""
+    direct = Path(version)
+    if (direct / "run.json").is_file():
+        return direct.resolve()
+    folders = _folders(results_dir(results))
+    if not folders:
+        raise ValueError(f"no versions in {results_dir(results)}: make one with `python -m resonate_lib run`")
+    text = str(version).rstrip("/").split("/")[-1]
+    if text == "latest":
+        return folders[-1]
+    for path in folders:
+        if path.name == text or (text.isdigit() and int(path.name.split("-")[0]) == int(text)):
+            return path
+    raise ValueError(unknown("version", text, [path.name for path in folders]))
+
+
+def read(version: Path) -> dict[str, Any]:
+    """The version's run.json; its status reads INTERRUPTED where the runner is gone. Raises ValueError when
+    unreadable."""
+    try:
+        content = json.loads((version / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{version.name}: no readable run.json; it is not a version, or was damaged: start a new run"
+        ) from None
+    if content.get("status") == "RUNNING" and not record.is_alive(content.get("runner")):
+        content["status"], content["exit_reason"] = (
+            "INTERRUPTED",
+            "the runner ended without a word (killed, or power lost)",
+        )
+    return content
+
+
+def table(results: str | os.PathLike | None = None) -> pd.DataFrame:
+    """All versions, oldest first: version, status, profile, seeds, started, minutes, memory_gb, reason."""
+    rows = []
+    for path in _folders(results_dir(results)):
+        try:
+            run = read(path)
+        except ValueError as error:
+            rows.append({"version": path.name, "status": "UNREADABLE", "reason": str(error)})
+            continue
+        rows.append(
+            {
+                "version": path.name,
+                "status": run["status"],
+                "profile": run["profile"],
+                "seeds": " ".join(map(str, run["seeds"])),
+                "started": run["started"],
+                "minutes": round((run.get("seconds") or 0) / 60, 1),
+                "memory_gb": round((run.get("peak_rss_mb") or 0) / 1024, 1),
+                "reason": run.get("exit_reason") or "",
+            }
+        )
+    return pd.DataFrame(
+        rows, columns=["version", "status", "profile", "seeds", "started", "minutes", "memory_gb", "reason"]
+    )
+
+
+def compare(
+    first: str | os.PathLike, second: str | os.PathLike, results: str | os.PathLike | None = None
+) -> dict[str, pd.DataFrame]:
+    """Tables of what differs between two versions: `config`, `time` (seconds), and one per metrics file they share.
+
+    A metrics table has the text columns, and for each numeric column `<name>_a`, `<name>_b`, `<name>_change` (b - a).
+    """
+    paths = [find(version, results) for version in (first, second)]
+    runs = [read(path) for path in paths]
+    flat = [_flatten(run.get("config", {})) for run in runs]
+    keys = [key for key in {**flat[0], **flat[1]} if flat[0].get(key) != flat[1].get(key)]
+    out = {
+        "config": pd.DataFrame(
+            [{"name": key, "a": flat[0].get(key), "b": flat[1].get(key)} for key in keys], columns=["name", "a", "b"]
+        )
+    }
+    seconds = [{key: item.get("seconds") for key, item in run.get("notebooks", {}).items()} for run in runs]
+    out["time"] = pd.DataFrame(
+        [{"notebook": key, "a": seconds[0].get(key), "b": seconds[1].get(key)} for key in {**seconds[0], **seconds[1]}],
+        columns=["notebook", "a", "b"],
+    )
+    for path in sorted((paths[0] / "metrics").glob("*.csv")):
+        other = paths[1] / "metrics" / path.name
+        if other.is_file():
+            out[path.stem] = _compare_tables(pd.read_csv(path), pd.read_csv(other))
+    return out
+
+
+def summarise(version: Path) -> list[str]:
+    """Gather `seed*/metrics/*.csv` into `metrics/` at the version's top; returns the names written.
+
+    Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n -
+    1), and a column `seeds` counts them. Others are put one under another with a first column `seed`.
+    """
+    from resonate_lib.runs import write_table
+
+    folders = sorted(version.glob("seed*"), key=lambda path: int(path.name[4:]))
+    names = sorted({path.name for folder in folders for path in (folder / "metrics").glob("*.csv")})
+    for name in names:
+        tables = {
+            int(folder.name[4:]): pd.read_csv(folder / "metrics" / name)
+            for folder in folders
+            if (folder / "metrics" / name).is_file()
+        }
+        write_table(version / "metrics", name.removesuffix(".csv"), _over_seeds(tables))
+    return [name.removesuffix(".csv") for name in names]
+
+
+def verify(version: str | os.PathLike, results: str | os.PathLike | None = None) -> pd.DataFrame:
+    """Compare every file with the record: columns kind (artefact, input), path, state.
+
+    state: ok, changed, missing, new, or `not in git` for the files of a checkpoints folder that is not there at all.
+    For inputs (library, notebooks, shipped weights of the checkout) `changed` means: changed since the run.
+    """
+    folder = find(version, results)
+    run = read(folder)
+    present, expected = record.tree(folder, UNHASHED), run.get("artefacts", {})
+    rows = []
+    for path in sorted({**expected, **present}):
+        state = "ok" if present.get(path) == expected.get(path) else "changed"
+        if path not in expected:
+            state = "new"
+        elif path not in present:
+            parts = path.split("/")
+            pruned = "checkpoints" in parts and not folder.joinpath(*parts[: parts.index("checkpoints") + 1]).exists()
+            state = "not in git" if pruned else "missing"
+        rows.append({"kind": "artefact", "path": path, "state": state})
+    for path, checksum in sorted(run.get("inputs", {}).items()):
+        here = CHECKOUT / path
+        state = "missing" if not here.is_file() else "ok" if record.sha256_file(here) == checksum else "changed"
+        rows.append({"kind": "input", "path": path, "state": state})
+    return pd.DataFrame(rows, columns=["kind", "path", "state"])
+
+
+def _folders(results: Path) -> list[Path]:
+    found = (
+        [path for path in results.glob("*") if NAME.fullmatch(path.name) and path.is_dir()] if results.is_dir() else []
+    )
+    return sorted(found, key=lambda path: (int(path.name.split("-")[0]), path.name))
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+    return flat
+
+
+def _numeric(data: pd.DataFrame) -> list[str]:
+    return [name for name in data.columns if pd.api.types.is_numeric_dtype(data[name]) and data[name].dtype != bool]
+
+
+def _same_rows(first: pd.DataFrame, second: pd.DataFrame) -> bool:
+    if list(first.columns) != list(second.columns) or len(first) != len(second):
+        return False
+    text = [name for name in first.columns if name not in _numeric(first) or name not in _numeric(second)]
+    return first[text].equals(second[text])
+
+
+def _compare_tables(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    if not _same_rows(first, second):
+        return pd.concat([first.assign(version="a"), second.assign(version="b")], ignore_index=True)
+    out = first[[name for name in first.columns if name not in _numeric(first)]].copy()
+    for name in _numeric(first):
+        out[f"{name}_a"], out[f"{name}_b"] = first[name], second[name]
+        out[f"{name}_change"] = second[name] - first[name]
+    return out
+
+
+def _over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
+    every = list(tables.values())
+    if not all(_same_rows(every[0], other) for other in every[1:]):
+        return pd.concat(
+            [data.assign(seed=seed)[["seed", *data.columns]] for seed, data in tables.items()], ignore_index=True
+        )
+    out, numeric = every[0].copy(), _numeric(every[0])
+    for name in numeric:
+        column = pd.concat([data[name] for data in every], axis=1)
+        out[name] = column.mean(axis=1)
+        out.insert(out.columns.get_loc(name) + 1, f"{name}_std", column.std(axis=1, ddof=1))
+    return out.assign(seeds=len(every))

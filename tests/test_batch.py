@@ -1,0 +1,274 @@
+"""The runner on real kernels: what stops it before a start, and what a failure, a death or Ctrl-C leaves behind."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from resonate_lib import __main__ as cli
+from resonate_lib import batch, versions
+from resonate_lib.batch import Request
+
+PARAMETERS = 'profile: str = "tiny"\nseed: int = 0\nrun: str = None  # run folder\nsteps: int = None  # rounds\n'
+OPEN = "from resonate_lib import runs\nrun = runs.open_run(run, profile=profile, seed=seed)"
+
+
+def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
+    """A notebook of code cells, the first tagged `parameters`."""
+    made = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *map(nbformat.v4.new_code_cell, cells),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=made)
+    # A kernelspec that no machine has: the runner must use this very python.
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / name)
+    return folder / name
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A notebooks folder with a profile; results and cache lie beside it."""
+    for name in ("RESONATE_RUN", "RESONATE_BATCH", "RESONATE_FROM", "RESONATE_PARAMS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RESONATE_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("RESONATE_NOTEBOOKS", str(tmp_path / "notebooks"))
+    monkeypatch.setenv("RESONATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "no_kernelspecs"))
+    (tmp_path / "notebooks" / "params").mkdir(parents=True)
+    (tmp_path / "notebooks" / "params" / "tiny.yaml").write_text("suite: {disk_mb: 1}\ngrpo: {steps: 5}\n")
+    return tmp_path / "notebooks"
+
+
+def record_of(folder: Path) -> dict:
+    return versions.read(versions.find("latest", folder.parent / "results"))
+
+
+def test_a_run_ends_done_with_everything_recorded(folder, capsys):
+    write_notebook(
+        folder, "03_first.ipynb", OPEN, "import sys, os; print(sys.executable)\nrun.record('facts', {'a': 1})"
+    )
+    write_notebook(
+        folder,
+        "04_second.ipynb",
+        OPEN,
+        "from resonate_lib.config import GRPOConfig, resolve",
+        "config = run.show(resolve(GRPOConfig, profile, steps=steps))",
+        "run.write_metrics('history', [{'step': i, 'reward': i / 3} for i in range(config.steps)])",
+    )
+    write_notebook(folder, "08_later.ipynb", "1 / 0")
+    assert cli.main(["run", "-p", "steps", "3"]) == 0
+    out, err = capsys.readouterr()
+    version = Path(out.splitlines()[-1])
+    run = json.loads((version / "run.json").read_text())
+    assert version.name == run["version"] and version.name.startswith("0001-tiny-") and "DONE" in err and "left" in err
+    assert {key: item["status"] for key, item in run["notebooks"].items()} == {"03_first": "DONE", "04_second": "DONE"}
+    assert run["notebooks"]["04_second"]["notes"]["config"]["grpo"]["steps"] == 3
+    assert run["overrides"] == {"03": {"steps": 3}, "04": {"steps": 3}} or run["overrides"]["04"] == {"steps": 3}
+    assert run["peak_rss_mb"] > 50 and run["inputs"]["resonate_lib/runs.py"] and run["packages"]["papermill"]
+    assert (version / "metrics" / "history.csv").read_text().startswith("step,reward\n0,0\n1,0.333333\n")
+    executed = (version / "notebooks" / "03_first.ipynb").read_text()
+    assert "<python>/bin/" in executed and sys.prefix not in executed  # this python ran it; its folder is not told
+    assert set(versions.verify(version).query("kind == 'artefact'")["state"]) == {"ok"}
+    assert cli.main(["run", "--resume", version.name]) == 2
+    assert "is DONE and is never edited" in capsys.readouterr().err
+
+
+def test_same_seed_twice_gives_the_same_metrics_and_seeds_are_summed_up(folder):
+    write_notebook(
+        folder, "04_a.ipynb", OPEN, "import random\nrandom.seed(seed)\nrun.write_metrics('m', {'x': random.random()})"
+    )
+    first, run = batch.start(Request(seeds=(0, 1)))
+    second, _ = batch.start(Request(seeds=(0, 1)))
+    assert run["status"] == "DONE" and list(run["notebooks"]) == ["seed0/04_a", "seed1/04_a"]
+    files = sorted(path.relative_to(first) for path in first.rglob("metrics/*"))
+    assert len(files) == 6 and all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    assert (first / "seed0/metrics/m.csv").read_text() != (first / "seed1/metrics/m.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "stepz", "3"], "unknown parameter 'stepz'; did you mean 'steps'"),
+        (["-p", "steps", "1.5"], "steps='1.5': not a whole number"),
+        (["-p", "group_size", "1"], "a group of one has no advantage"),
+        (["-p", "run", "x"], "use RESONATE_RESULTS"),
+        (["-p", "steps"], "write -p name value"),
+        (["-p", "steps=1", "-p", "steps=2"], "given 2 times"),
+        (["-p", "reward", "mine.py:score"], "no such file"),
+        (["-p", "profile", "tinny"], "unknown profile 'tinny'; did you mean 'tiny'"),
+        (["--profile", "tinny"], "unknown profile"),
+        (["--only", "05"], "unknown notebook '05'; did you mean '04'"),
+        (["--seed", "0", "0"], "give different whole numbers"),
+        (["--seed", "x"], "not a whole number"),
+        (["--from", "7"], "no versions"),
+        (["--resume", "7"], "no versions"),
+    ],
+)
+def test_bad_requests_start_nothing(folder, capsys, arguments, words):
+    write_notebook(folder, "04_a.ipynb", "1", parameters=PARAMETERS + "group_size: int = None\nreward: str = None\n")
+    assert cli.main(["run", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (folder.parent / "results").exists()
+
+
+def test_a_damaged_notebook_is_one_line(folder, capsys):
+    (folder / "04_a.ipynb").write_text('{"cells": [')
+    assert cli.main(["run"]) == 2
+    assert "04_a.ipynb: not a valid notebook" in capsys.readouterr().err
+
+
+def test_a_results_folder_that_cannot_be_used(folder, capsys, monkeypatch):
+    write_notebook(folder, "04_a.ipynb", "1")
+    (folder.parent / "file").write_text("")
+    monkeypatch.setenv("RESONATE_RESULTS", str(folder.parent / "file"))
+    assert cli.main(["run"]) == 2
+    err = capsys.readouterr().err
+    assert "cannot write to" in err and "set RESONATE_RESULTS" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
+def test_a_read_only_results_folder(folder, capsys):
+    write_notebook(folder, "04_a.ipynb", "1")
+    (folder.parent / "results").mkdir(mode=0o500)
+    assert cli.main(["run"]) == 2
+    assert "no permission to write" in capsys.readouterr().err
+
+
+def test_a_failing_cell(folder, capsys):
+    write_notebook(folder, "04_a.ipynb", "raise RuntimeError('no such luck\\nat all')", "print('never')")
+    write_notebook(folder, "05_b.ipynb", "1")
+    assert cli.main(["run"]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("error: 04_a: cell 3: RuntimeError: no such luck at all")
+    run = record_of(folder)
+    assert run["status"] == "FAILED" and run["notebooks"]["05_b"]["status"] == "PENDING"
+    executed = versions.find("latest", folder.parent / "results") / "notebooks" / "04_a.ipynb"
+    assert "no such luck" in executed.read_text()
+
+
+def test_a_killed_kernel_reads_as_killed(folder):
+    write_notebook(folder, "04_a.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "print('never')")
+    version, run = batch.start(Request())
+    assert run["status"] == "FAILED" and "cell 3: the kernel died, killed by SIGKILL" in run["exit_reason"]
+    cells = nbformat.read(version / "notebooks" / "04_a.ipynb", as_version=4).cells
+    assert [cell.metadata.papermill.status for cell in cells] == ["completed", "completed", "failed", "pending"]
+
+
+def test_a_kernel_that_exits_is_no_success(folder):
+    write_notebook(folder, "04_a.ipynb", "import os; os._exit(0)", "print('never')")
+    _, run = batch.start(Request())
+    assert run["status"] == "FAILED" and "exit code 0" in run["exit_reason"]
+
+
+def test_resume_runs_what_is_not_done(folder, capsys):
+    count = "with open(run.path / 'count.txt', 'a') as file: file.write('{0} ')"
+    write_notebook(folder, "03_a.ipynb", OPEN, count.format("03"))
+    write_notebook(
+        folder,
+        "04_b.ipynb",
+        OPEN,
+        "state = run.state('x')\nprevious = state.read_text() if state.is_file() else ''",
+        "state.write_text('saved')\nassert previous == 'saved', 'first time'",
+        count.format("04"),
+    )
+    version, run = batch.start(Request(overrides={"steps": "3"}))
+    assert run["status"] == "FAILED" and "first time" in run["exit_reason"] and (version / ".state").is_dir()
+    assert cli.main(["run", "--resume", version.name]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(version)
+    run = record_of(folder)
+    assert run["status"] == "DONE" and len(run["resumed"]) == 1
+    assert (version / "count.txt").read_text() == "03 04 " and not (version / ".state").exists()
+
+
+def test_resume_refuses_a_changed_configuration(folder, capsys):
+    write_notebook(folder, "04_a.ipynb", "1 / 0")
+    version, _ = batch.start(Request())
+    (folder / "params" / "tiny.yaml").write_text("suite: {disk_mb: 1}\ngrpo: {steps: 6}\n")
+    assert cli.main(["run", "--resume", version.name]) == 2
+    assert "have changed since it started" in capsys.readouterr().err
+
+
+def test_the_kernel_sees_from_and_from_scratch(folder):
+    write_notebook(
+        folder, "04_a.ipynb", OPEN, "run.record('from', [run.from_version and run.from_version.name, run.from_scratch])"
+    )
+    first, run = batch.start(Request(from_scratch=True))
+    assert run["notebooks"]["04_a"]["notes"]["from"] == [None, True]
+    _, run = batch.start(Request(from_version="1"))
+    assert run["notebooks"]["04_a"]["notes"]["from"] == [first.name, False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_with_a_record(folder, number):
+    write_notebook(folder, "04_a.ipynb", "import time; print('here', flush=True); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "resonate_lib", "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=folder.parent,
+        env={**os.environ, "PYTHONPATH": str(batch.CHECKOUT)},
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not _printed(folder):
+        time.sleep(0.3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("interrupted: 04_a") and "--resume 0001-tiny" in err
+    run = record_of(folder)
+    assert run["status"] == "INTERRUPTED" and run["ended"] and out.strip().endswith(run["version"])
+    assert not list(Path(out.strip()).rglob("*.part"))
+
+
+def _printed(folder: Path) -> bool:
+    found = list((folder.parent / "results").glob("*/notebooks/04_a.ipynb"))
+    return bool(found) and '"status": "running"' in found[0].read_text()
+
+
+def test_plain_papermill_works_too(folder, tmp_path):
+    import papermill
+
+    from resonate_lib.kernel import manager_for
+
+    write_notebook(folder, "04_a.ipynb", OPEN, "run.write_metrics('m', {'steps': steps})")
+    papermill.execute_notebook(
+        folder / "04_a.ipynb",
+        tmp_path / "out.ipynb",
+        parameters={"steps": 2},
+        progress_bar=False,
+        kernel_manager_class=manager_for({"PYTHONPATH": str(batch.CHECKOUT)}, {}),
+    )
+    assert (tmp_path / "results" / "scratch-tiny-seed0" / "metrics" / "m.csv").read_text() == "name,value\nsteps,2\n"
+
+
+def test_estimates_come_from_earlier_runs(folder):
+    write_notebook(folder, "04_a.ipynb", "1")
+    version, run = batch.start(Request())
+    plan = batch.make_plan(Request(), results=version.parent)
+    assert batch._expected(plan, version.parent / "0002-tiny-00000000")["04"] == run["notebooks"]["04_a"]["seconds"]
+
+
+def test_a_disk_that_fills_up_is_recorded(folder, monkeypatch):
+    """The kernel's own writes fail in a cell; the runner's fail in Papermill's saving."""
+    write_notebook(folder, "04_a.ipynb", "import errno; raise OSError(errno.ENOSPC, 'No space left on device')")
+    _, run = batch.start(Request())
+    assert run["status"] == "FAILED" and "No space left on device" in run["exit_reason"]
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("papermill.execute_notebook", full)
+    version, run = batch.start(Request())
+    assert "the disk is full; free some space" in versions.read(version)["exit_reason"]
+    assert not (version / ".reserve").exists()

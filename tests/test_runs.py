@@ -1,0 +1,233 @@
+"""Run versions: numbering, records, inputs, and metrics that repeat byte for byte."""
+
+import errno
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from resonate_lib import record, runs, versions
+from resonate_lib.config import GRPOConfig, resolve
+
+
+def _allocate(folder):
+    return versions.allocate("tiny", {"process": os.getpid()}, folder).name
+
+
+def make_version(results, profile="tiny", status="DONE", **more):
+    folder = versions.allocate(profile, more, results)
+    content = {
+        "status": status,
+        "profile": profile,
+        "seeds": [0],
+        "started": "2026-01-01T00:00:00+0000",
+        "seconds": 60.0,
+        "from_scratch": False,
+        "notebooks": {},
+        "config": {},
+        "artefacts": {},
+        "inputs": {},
+        **more,
+    }
+    record.write_json(folder / "run.json", content)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    for name in ("RESONATE_RUN", "RESONATE_BATCH", "RESONATE_FROM", "RESONATE_FROM_SCRATCH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RESONATE_RESULTS", str(tmp_path))
+    return runs.open_run(profile="tiny", seed=0)
+
+
+def test_runs_started_together_get_different_numbers(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        names = pool.map(_allocate, [tmp_path] * 12, chunksize=1)
+    assert sorted(name.split("-")[0] for name in names) == [f"{number:04d}" for number in range(1, 13)]
+    assert not list(tmp_path.glob(".claim*"))
+
+
+def test_the_name_holds_the_hash_of_the_configuration(tmp_path):
+    names = [versions.allocate("tiny", {"steps": steps}, tmp_path).name for steps in (1, 1, 2)]
+    hashes = [name.rsplit("-", 1)[1] for name in names]
+    assert hashes[0] == hashes[1] != hashes[2] and len(hashes[0]) == 8
+
+
+def test_find(tmp_path):
+    first, second = make_version(tmp_path), make_version(tmp_path)
+    assert versions.find(first.name, tmp_path) == first
+    assert (
+        versions.find("2", tmp_path) == versions.find("0002", tmp_path) == versions.find("latest", tmp_path) == second
+    )
+    assert versions.find(str(first)) == first
+    with pytest.raises(ValueError, match=f"unknown version.*{first.name[:5]}"):
+        versions.find(first.name + "x", tmp_path)
+    with pytest.raises(ValueError, match="no versions"):
+        versions.find("1", tmp_path / "none")
+
+
+def test_a_running_version_whose_runner_is_gone_reads_interrupted(tmp_path):
+    gone = {"pid": 2**22 + 1, "created": 0.0, "host": record.this_process()["host"]}
+    assert versions.read(make_version(tmp_path, status="RUNNING", runner=gone))["status"] == "INTERRUPTED"
+    alive = make_version(tmp_path, status="RUNNING", runner=record.this_process())
+    assert versions.read(alive)["status"] == "RUNNING"
+    assert list(versions.table(tmp_path)["status"]) == ["INTERRUPTED", "RUNNING"]
+
+
+def test_atomic_write_leaves_nothing_when_the_disk_is_full(tmp_path, monkeypatch):
+    record.atomic_write(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        record.atomic_write(tmp_path / "a.txt", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_an_unusable_results_folder_is_one_line(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(record, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with pytest.raises(ValueError, match="RESONATE_RESULTS") as caught:
+        versions.require_space(tmp_path, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_space_is_said_before(tmp_path):
+    with pytest.raises(ValueError, match="MB free and this profile needs"):
+        versions.require_space(tmp_path, 10**9)
+
+
+def test_metrics_are_the_same_bytes(run):
+    rows = [
+        {"model": "base", "f1": np.float32(0.1) * 3, "n": np.int64(4), "ok": np.bool_(True), "x": torch.tensor(2.0)},
+        {"model": "a, b", "f1": float("nan"), "n": 5, "ok": False, "x": -0.0},
+    ]
+    returned = run.write_metrics("table", rows)
+    first = [(run.metrics / f"table.{kind}").read_bytes() for kind in ("csv", "json")]
+    run.write_metrics("table", pd.DataFrame(rows))
+    assert first[0] == b'model,f1,n,ok,x\nbase,0.3,4,true,2\n"a, b",,5,false,0\n'
+    assert json.loads(first[1])[1] == {"model": "a, b", "f1": None, "n": 5, "ok": False, "x": 0.0}
+    assert (run.metrics / "table.csv").read_text().splitlines()[0] == "model,f1,n,ok,x"
+    assert list(returned["model"]) == ["base", "a, b"]
+
+
+def test_metrics_of_a_dict_and_uneven_rows(run):
+    run.write_metrics("facts", {"f1": 1 / 3, "by": {"dog": 2}, "list": [1, 2]})
+    assert (run.metrics / "facts.csv").read_text() == 'name,value\nf1,0.333333\nby.dog,2\nlist,"[1, 2]"\n'
+    run.write_metrics("rows", [{"a": 1}, {"b": "x"}])
+    assert (run.metrics / "rows.csv").read_text() == "a,b\n1,\n,x\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "words"),
+    [
+        ("clock", [{"step": 1, "seconds": 2.0}], "holds a time"),
+        ("empty", [], "is empty"),
+        ("a/b", [{"a": 1}], "use letters"),
+        ("object", [{"a": object()}], "use numbers"),
+    ],
+)
+def test_metrics_refused(run, name, table, words):
+    with pytest.raises(ValueError, match=words):
+        run.write_metrics(name, table)
+
+
+def test_scratch_folder_of_a_notebook_opened_alone(run, tmp_path):
+    assert run.scratch and run.path == tmp_path / "scratch-tiny-seed0"
+    assert run.state("grpo") is None
+    assert runs.open_run(tmp_path / "elsewhere").path == tmp_path / "elsewhere"
+
+
+def test_a_done_version_cannot_be_opened(tmp_path):
+    with pytest.raises(ValueError, match="is DONE and is never edited"):
+        runs.open_run(make_version(tmp_path))
+
+
+def test_inputs_come_from_this_run_then_from_then_shipped(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "shipped_weights", lambda profile: tmp_path / "shipped")
+    places = [tmp_path / "shipped" / "base"]
+    earlier = make_version(tmp_path)
+    places += [earlier / "checkpoints" / "base", earlier / "seed0" / "checkpoints" / "base", run.checkpoint("base")]
+    with pytest.raises(ValueError, match=r"no 'base' in this run, shipped: run notebook 02 first"):
+        run.resolve_input("base")
+    monkeypatch.setenv("RESONATE_FROM", str(earlier))
+    opened = runs.open_run(profile="tiny", seed=0)
+    for place, source in zip(places, ["shipped", earlier.name, earlier.name, "this run"], strict=True):
+        place.mkdir(parents=True)
+        (place / "weights").write_text(str(place))
+        assert opened.resolve_input("base") == place
+        notes = json.loads((run.path / "notes" / f"{run.notebook}.json").read_text())
+        assert notes["inputs"]["base"] == {"source": source, "sha256": record.sha256_tree(place)}
+    assert opened.resolve_input("dpo", optional=True) is None
+
+
+def test_from_scratch_uses_nothing_shipped(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "shipped_weights", lambda profile: tmp_path / "shipped")
+    (tmp_path / "shipped" / "base").mkdir(parents=True)
+    monkeypatch.setenv("RESONATE_FROM_SCRATCH", "1")
+    with pytest.raises(ValueError, match="no 'base' in this run:"):
+        runs.open_run(profile="tiny").resolve_input("base")
+
+
+def test_show_prints_and_notes_the_resolved_values(run, capsys):
+    shown = run.show(resolve(GRPOConfig, "tiny", steps=3))
+    assert shown.steps == 3
+    printed = capsys.readouterr().out
+    assert "steps             = 3" in printed and "clips per step" in printed
+    notes = json.loads((run.path / "notes" / f"{run.notebook}.json").read_text())
+    assert notes["config"]["grpo"]["steps"] == 3
+
+
+def test_summary_over_seeds(tmp_path):
+    for seed, value in ((0, 1.0), (1, 3.0)):
+        folder = tmp_path / f"seed{seed}" / "metrics"
+        runs.write_table(folder, "headline", [{"model": "base", "f1": value}, {"model": "grpo", "f1": value + 1}])
+        runs.write_table(folder, "curve", [{"step": step} for step in range(seed + 1)])
+    assert versions.summarise(tmp_path) == ["curve", "headline"]
+    table = pd.read_csv(tmp_path / "metrics" / "headline.csv")
+    assert list(table.columns) == ["model", "f1", "f1_std", "seeds"]
+    assert list(table["f1"]) == [2.0, 3.0] and table["f1_std"][0] == pytest.approx(np.std([1, 3], ddof=1), rel=1e-5)
+    assert list(pd.read_csv(tmp_path / "metrics" / "curve.csv")["seed"]) == [0, 1, 1]
+
+
+def test_compare(tmp_path):
+    first = make_version(tmp_path, config={"grpo": {"steps": 1, "beta": 0.0}})
+    second = make_version(tmp_path, config={"grpo": {"steps": 2, "beta": 0.0}})
+    for folder, value in ((first, 0.5), (second, 0.75)):
+        runs.write_table(folder / "metrics", "headline", [{"model": "base", "f1": value}])
+    tables = versions.compare("1", "2", tmp_path)
+    assert tables["config"].to_dict("records") == [{"name": "grpo.steps", "a": 1, "b": 2}]
+    assert tables["headline"]["f1_change"][0] == 0.25
+
+
+def test_verify_finds_every_kind_of_difference(tmp_path):
+    folder = make_version(tmp_path)
+    for name in ("same", "changed", "missing", "checkpoints/base/network"):
+        record.atomic_write(folder / name, name)
+    content = json.loads((folder / "run.json").read_text())
+    content["artefacts"] = record.tree(folder, versions.UNHASHED)
+    record.write_json(folder / "run.json", content)
+    (folder / "changed").write_text("other")
+    (folder / "missing").unlink()
+    (folder / "new").write_text("new")
+    for path in [folder / "checkpoints/base/network", folder / "checkpoints/base", folder / "checkpoints"]:
+        path.unlink() if path.is_file() else path.rmdir()
+    (folder / "answers").mkdir()
+    (folder / "answers" / "0.json").write_text("{}")
+    found = dict(versions.verify(folder)[["path", "state"]].itertuples(index=False))
+    assert found == {
+        "same": "ok",
+        "changed": "changed",
+        "missing": "missing",
+        "new": "new",
+        "checkpoints/base/network": "not in git",
+    }
+
+
+def test_sources_cover_the_library_and_name_no_folder_of_the_machine():
+    found = record.sources(runs.CHECKOUT, [runs.CHECKOUT / "notebooks" / "params" / "tiny.yaml"])
+    assert "resonate_lib/config.py" in found and "notebooks/params/tiny.yaml" in found
+    assert not any(path.startswith("/") for path in found)
