@@ -163,9 +163,10 @@ def update(network, reference, optimizer, pairs: Pairs, config, generator: torch
 
 
 def train(
-    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None
-) -> list[dict]:
-    """Make pairs with the network as it is, then flow-DPO on generator.network, in place; returns one dict of metrics
+    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None,
+    pairs: Pairs | None = None,
+) -> list[dict]:  # fmt: skip
+    """Make pairs with the network as it is (or take `pairs` made before by `make_pairs`), then flow-DPO on generator.network, in place; returns one dict of metrics
     per step.
 
     The reference is a frozen copy of the network as it is when this is called (with a checkpoint: call it with the
@@ -174,7 +175,7 @@ def train(
     """
     network = generator.network.train()
     reference = frozen_copy(network)
-    pairs = make_pairs(generator, reference, reward, records, config, seed=seed)
+    pairs = make_pairs(generator, reference, reward, records, config, seed=seed) if pairs is None else pairs
     win, lose = pairs.rewards.mean(0).tolist()
     data = {"pairs": float(len(pairs)), "tied_pairs": float(pairs.ties), "reward_win": win, "reward_lose": lose}
     optimizer = make_optimizer(network, config.learning_rate)

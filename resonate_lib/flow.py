@@ -68,10 +68,13 @@ def guided(network: FluxAudio, x: Tensor, t, cond: Condition, guidance_scale: fl
     return guided_velocity(v_cond, v_uncond, guidance_scale)
 
 
-def velocity_error(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+def velocity_error(velocity: Tensor, target: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Per-sample squared error (B,) float32: mean over C, then over the N frames, or over those where mask (B, N) is 1.
+
+    weight (C,): how much each channel counts (mean 1); it moves capacity between channels, not the optimum.
     """
-    error = (velocity.float() - target.float()).square().mean(-1)
+    error = (velocity.float() - target.float()).square()
+    error = (error if weight is None else error * weight).mean(-1)
     if mask is None:
         return error.mean(-1)
     mask = mask.to(error.dtype)
@@ -89,7 +92,7 @@ def dropped_condition(network: FluxAudio, cond: Condition, drop: Tensor) -> Cond
 
 def flow_loss(
     network: FluxAudio, latents: Tensor, cond: Condition, *, generator: torch.Generator, caption_dropout: float = 0.1,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Flow-matching loss, 0-dim: mean squared velocity error over the batch.
 
@@ -102,4 +105,4 @@ def flow_loss(
     noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(device)
     drop = (torch.rand(batch, generator=generator, device=generator.device) < caption_dropout).to(device)
     velocity = guided(network, interpolate(latents, noise, t), t, dropped_condition(network, cond, drop), 1.0)
-    return velocity_error(velocity, velocity_target(latents, noise), mask).mean()
+    return velocity_error(velocity, velocity_target(latents, noise), mask, weight).mean()

@@ -14,6 +14,7 @@ from torch import Tensor
 from resonate_lib import flow, samplers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 from resonate_lib.online import (
+    SAVE_EVERY,
     Rollouts,
     collect,
     draw_records,
@@ -208,4 +209,5 @@ def train(
         return metrics
 
     modules = {"network": network, "optimizer": optimizer}
-    return fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint)
+    return fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
+               save_every=SAVE_EVERY)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resonate_lib import flow
 from resonate_lib.online import (
+    SAVE_EVERY,
     Rollouts,
     collect,
     draw_records,
@@ -154,4 +155,5 @@ def train(
         return metrics
 
     modules = {"network": network, "optimizer": optimizer, "old": old}
-    return fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint)
+    return fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
+               save_every=SAVE_EVERY)

@@ -13,6 +13,8 @@ from resonate_lib import samplers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 from resonate_lib.training import autocast
 
+SAVE_EVERY = 5  # steps between saved training states: a step takes seconds, so little is lost
+
 
 @dataclass
 class Rollouts:

@@ -1,5 +1,6 @@
 """Flow-matching pre-training of a generator on captioned audio: codec fit, latent statistics, velocity regression."""
 
+import numpy as np
 import torch
 
 from resonate_lib import flow, training
@@ -25,6 +26,12 @@ def encode_corpus(generator: Generator, corpus) -> torch.Tensor:
     return generator.network.normalize(raw)
 
 
+def encode_only(generator: Generator, corpus) -> torch.Tensor:
+    """Normalised latents (n, N, C) of a corpus under the statistics the network already has: for training a model on."""
+    return torch.cat([generator.encode_audio(corpus.waveforms(range(start, min(start + 256, len(corpus)))))
+                      for start in range(0, len(corpus), 256)])
+
+
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then ×0.1 at 80 % and at 90 % of the steps counted from the end of warm-up (the published schedule)."""
     if step < warmup:
@@ -33,17 +40,23 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     return 0.1 ** ((after >= 0.8 * steps) + (after >= 0.9 * steps))
 
 
+def channel_weight(generator: Generator) -> torch.Tensor:
+    """(C,) with mean 1: the square root of each raw latent channel's deviation."""
+    root = generator.network.latent_std.detach().flatten().sqrt()
+    return root / root.mean()
+
+
 def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, batch_size: int = 64,
           learning_rate: float = 1e-3, caption_dropout: float = 0.1, warmup: int = 100, weight_decay: float = 1e-6,
           precision: str = "auto", seed: int = 0, checkpoint=None, decay: bool = True, seconds: float | None = None,
           label: str = "base") -> list[dict]:
     """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
 
-    AdamW (0.9, 0.95), gradient norm at most 1, published schedule (decay=False keeps the rate constant, as for training on).
+    Channels count by the square root of their deviation in the raw latent: whitened principal components are equally loud to
+    the network, but the first carry the events and the last only texture. AdamW (0.9, 0.95), gradient norm at most 1, published schedule (decay=False keeps the rate constant, as for training on).
     """
-    import numpy as np
-
     network = generator.network.train()
+    weight = channel_weight(generator)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
     factor = lambda i: learning_rate_factor(i, steps if decay else 10**9, warmup)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -53,7 +66,8 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
         words = np.random.default_rng(int(torch.randint(2**31, (1,), generator=rng)))
         condition = generator.encode_prompts(captions(positions, words))
         with training.autocast(precision):
-            loss = flow.flow_loss(network, latents[positions], condition, generator=rng, caption_dropout=caption_dropout)
+            loss = flow.flow_loss(network, latents[positions], condition, generator=rng, caption_dropout=caption_dropout,
+                                  weight=weight)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

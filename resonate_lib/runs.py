@@ -50,7 +50,10 @@ MADE_BY = {
     "clap": "02",
     "lalm": "02",
     "judge": "02",
+    "clap_eval": "02",
+    "lalm_eval": "02",
     "dpo": "03",
+    "base_on": "03",
     "grpo_clap": "04",
     "nft": "04",
     "grpo_lalm": "05",
@@ -142,6 +145,11 @@ class Run:
         )
         looked = ", ".join(dict.fromkeys(source for source, _ in places))
         raise ValueError(f"no {name!r} in {looked}: {first}, or give --from VERSION")
+
+    def reward_sources(self, spec: str) -> dict[str, Path]:
+        """{"clap": folder, "lalm": folder} of those that a reward line names: what `rewards.load_reward` takes beside it."""
+        named = {term.rpartition("*")[2].strip() for term in spec.split("+")}
+        return {name: self.resolve_input(name) for name in ("clap", "lalm") if name in named}
 
     def show(self, config: Config) -> Any:
         """Print the resolved values and the arithmetic that follows from them, note them, and return `config`."""

@@ -4,6 +4,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,10 +34,10 @@ class Corpus:
         return cls(audio, records, sample_rate)
 
     @classmethod
-    def from_scenes(cls, count: int, *, split="train", seed=0, world_seed=0, kind=None, workers=None) -> "Corpus":
+    def from_scenes(cls, count: int, *, split="train", seed=0, world_seed=0, combinations=None, workers=None) -> "Corpus":
         """`count` scenes rendered straight into memory (the same scenes `make_corpus` would write)."""
         audio, records = np.empty((count, scenes.SIZE), dtype=np.int16), []
-        make = partial(_scene16, split=split, seed=seed, world_seed=world_seed, kind=kind)
+        make = partial(_scene16, split=split, seed=seed, world_seed=world_seed, combinations=combinations)
         told = time.monotonic()
         with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
             for wave, record in pool.map(make, range(count), chunksize=32):
@@ -91,6 +92,18 @@ class Corpus:
             batch["negatives"] = [scenes.negatives(scenes.Spec.of(self.records[p]), rng) for p in positions]
             batch["activity"] = self.activity(positions)
         return batch
+
+
+def open_corpus(config, split: str, *, seed: int, cache) -> Corpus:
+    """The corpus of a `DataConfig`: the caption file in its `folder`, or scenes of the embedded world, written once
+    into `cache`/corpora and read from there. split: train, validation or test."""
+    if config.folder:
+        return Corpus.from_manifest(Path(config.folder) / config.captions)
+    count = getattr(config, f"{split}_clips")
+    folder = Path(cache) / "corpora" / f"{split}-{count}-seed{seed}-world{config.world_seed}"
+    return Corpus.from_manifest(
+        scenes.make_corpus(folder, split=split, count=count, seed=seed, world_seed=config.world_seed)
+    )
 
 
 def _to_int16(audio):

@@ -89,13 +89,16 @@ def combination_split(spec: Spec, world_seed: int = 0) -> str:
 
 
 def sample_spec(rng: np.random.Generator, split: str = "train", kind: str | None = None, world_seed: int = 0) -> Spec:
-    """A random spec that may occur in the split: several events in validation and test always hold a held-out combination."""
+    """A random spec that may occur in the split: several events in validation and test always hold a held-out combination.
+
+    split="all" draws from every combination: for a judge, which must know all of them.
+    """
     kind = kind or KINDS[rng.choice(len(KINDS), p=KIND_SHARES)]
     if kind not in KINDS:
         raise ValueError(f"unknown kind of scene {kind!r}: use one of {', '.join(KINDS)}")
     while True:
         spec = _propose(rng, kind)
-        if len(spec.groups) == 1 or combination_split(spec, world_seed) == split:
+        if len(spec.groups) == 1 or split == "all" or combination_split(spec, world_seed) == split:
             return spec
 
 
@@ -127,26 +130,27 @@ def caption(spec: Spec, rng: np.random.Generator) -> str:
 
 def _phrase(spec, rng):
     groups = spec.groups
-    say = lambda group, form: _say(group, form, rng)  # noqa: E731
+    form_of = lambda group, form: say(group, form, rng)  # noqa: E731
     if len(groups) == 1:
-        return say(groups[0], "clause" if rng.random() < 0.6 else "gerund")
+        return form_of(groups[0], "clause" if rng.random() < 0.6 else "gerund")
     if spec.relation == "while":
         first, second = groups if rng.random() < 0.5 else groups[::-1]
         pattern, a, b = _choose(rng, [("{} while {}", "clause", "clause"), ("{} as {}", "clause", "clause"),
                                       ("{} and {} at the same time", "gerund", "gerund"),
                                       ("{} with {} in the background", "gerund", "gerund")])
-        return pattern.format(say(first, a), say(second, b))
+        return pattern.format(form_of(first, a), form_of(second, b))
     if len(groups) == 2:
         pattern, a, b = _choose(rng, [("{} followed by {}", "clause", "gerund"), ("{}, followed by {}", "gerund", "gerund"),
                                       ("{}, then {}", "clause", "clause"), ("{} and then {}", "clause", "clause")])
-        return pattern.format(say(groups[0], a), say(groups[1], b))
+        return pattern.format(form_of(groups[0], a), form_of(groups[1], b))
     pattern, a, b, c = _choose(rng, [("{}, then {}, then {}", "clause", "clause", "clause"),
                                      ("{} followed by {} and then {}", "clause", "gerund", "gerund"),
                                      ("{}, followed by {}, followed by {}", "gerund", "gerund", "gerund")])
-    return pattern.format(say(groups[0], a), say(groups[1], b), say(groups[2], c))
+    return pattern.format(form_of(groups[0], a), form_of(groups[1], b), form_of(groups[2], c))
 
 
-def _say(group, form, rng):
+def say(group, form: str, rng) -> str:
+    """One counted event in words: form "clause" (a dog barks) or "gerund" (a dog barking)."""
     name, count = group
     event = ev.check_event(name)
     if count > 1:
@@ -270,10 +274,13 @@ def _together(spec, rng, split):
 # --- corpora ----------------------------------------------------------------------------------------------------------
 
 
-def make_scene(index: int, *, split: str, seed: int, world_seed: int = 0, kind: str | None = None) -> tuple[np.ndarray, dict]:
-    """Scene number `index` of a corpus: audio (64000,) and its record without file fields. Same arguments, same scene."""
+def make_scene(index: int, *, split: str, seed: int, world_seed: int = 0, combinations: str | None = None) -> tuple[np.ndarray, dict]:
+    """Scene number `index` of a corpus: audio (64000,) and its record without file fields. Same arguments, same scene.
+
+    combinations: which combinations of events occur: the split's own (default) or "all".
+    """
     rng = np.random.default_rng([world_seed, SPLITS.index(split), seed, index])
-    spec = sample_spec(rng, split, kind, world_seed)
+    spec = sample_spec(rng, combinations or split, None, world_seed)
     audio, placed = render(spec, rng, split)
     captions = [caption(spec, rng) for _ in range(3)]
     record = {"id": f"{split}_{seed}_{index:06d}", "caption": captions[0], "captions": captions,

@@ -17,12 +17,12 @@ def mel_basis(sample_rate: int, n_fft: int, bands: int, f_max: float | None = No
 class MelCodec(nn.Module):
     """Log-compressed mel spectrogram, `frames_per_token` frames a token, projected on principal components.
 
-    16 kHz, 4 s: 31 tokens of 160 numbers. compress(m) = log(1 + gain·m): how loud and quiet are weighed decides what the
+    16 kHz, 4 s: 31 tokens of 96 numbers. compress(m) = log(1 + gain·m): how loud and quiet are weighed decides what the
     ear recognises, more than the number of components. Fit once on training audio; 3,000 clips are plenty.
     """
 
     def __init__(self, *, sample_rate=16_000, seconds=4.0, n_fft=1024, hop=256, bands=128, gain=100.0,
-                 frames_per_token=8, latent_dim=160):
+                 frames_per_token=8, latent_dim=96):
         super().__init__()
         self.config = dict(sample_rate=sample_rate, seconds=seconds, n_fft=n_fft, hop=hop, bands=bands, gain=gain,
                            frames_per_token=frames_per_token, latent_dim=latent_dim)

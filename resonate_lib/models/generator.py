@@ -1,5 +1,6 @@
 """Text encoder, flow network and codec as one thing: encode prompts, sample latents, decode audio, load, save."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -42,6 +43,10 @@ class Generator:
             network.empty_string_feat.copy_(empty.text_f[0])
             network.empty_string_feat_c.copy_(empty.text_f_c[0])
         return cls(text, network, codec, config)
+
+    def fork(self) -> "Generator":
+        """A generator with a copy of the network to train, sharing the text encoder and the codec."""
+        return Generator(self.text, copy.deepcopy(self.network), self.codec, self.network_config)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Condition of B prompts, each encoded once in the generator's life. ValueError over 77 tokens."""

@@ -1,0 +1,119 @@
+"""Prompt sets: TTA-Bench's files as they are, and prompts in the same schema over the embedded world's events."""
+
+import json
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from resonate_lib.data import scenes
+
+TTA_BENCH_FILES = {
+    "accuracy": "acc_prompt.json", "generalization": "generalization_prompt.json", "robustness": "robustness_prompt.json",
+    "fairness": "fairness_prompt.json", "bias": "bias_prompt.json", "toxicity": "toxicity_prompt.json"}
+EMBEDDED_PARTS = ("accuracy", "generalization", "robustness")
+RELATION_NAMES = {"single": "None", "while": "parallelism", "followed by": "sequence"}
+NEW_PATTERNS = {  # wordings that no training caption has
+    "single": ["I can hear {0}", "A recording of {0}"],
+    "while": ["{0} together with {1}", "{1}, and all the while {0}"],
+    "followed by": ["First {0}, afterwards {1}", "{0}; once that is over, {1}"],
+    "three": ["First {0}, afterwards {1}, finally {2}", "{0}; next {1}; last {2}"]}
+
+
+def load_tta_bench(directory, part: str) -> list[dict]:
+    """The records of one part of TTA-Bench, unaltered, from the benchmark's own files in `directory`.
+
+    Warns where event_count differs from the length of event_list (five accuracy records do). FileNotFoundError says where to
+    get the files; ValueError names a record without id or prompt_text.
+    """
+    if part not in TTA_BENCH_FILES:
+        raise ValueError(f"unknown part {part!r} of TTA-Bench: use one of {', '.join(TTA_BENCH_FILES)}")
+    path = Path(directory) / TTA_BENCH_FILES[part]
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: download the prompt files of TTA-Bench (arXiv 2509.02398, MIT licence) into one folder "
+                                "and give that folder")
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno}): download it again") from None
+    for number, record in enumerate(records, 1):
+        if not record.get("id") or not isinstance(record.get("prompt_text"), str):
+            raise ValueError(f"{path}, record {number}: needs `id` and `prompt_text`, has {', '.join(map(str, record))}")
+    odd = [r["id"] for r in records if "event_list" in r and len(r["event_list"]) != r.get("event_count")]
+    if odd:
+        warnings.warn(f"{path.name}: event_count differs from event_list in {len(odd)} records ({', '.join(odd[:5])})", stacklevel=2)
+    return records
+
+
+def prompt_record(spec: scenes.Spec, text: str, identity: str, notes: str | None = None, **extra) -> dict:
+    """A prompt in TTA-Bench's schema, with the spec (groups, relation, kind) that the judge needs."""
+    return {"id": identity, "prompt_text": text, "event_count": len(spec.groups),
+            "event_list": [name if count == 1 else f"{name} x{count}" for name, count in spec.groups],
+            "event_relation": RELATION_NAMES[spec.relation], "source": "embedded", "notes": notes,
+            "groups": [list(group) for group in spec.groups], "relation": spec.relation, "kind": spec.kind, **extra}
+
+
+def embedded_bench(part: str = "accuracy", *, split: str = "test", count: int = 100, seed: int = 0, world_seed: int = 0) -> list[dict]:
+    """`count` prompts over the embedded world's events, of combinations held out for `split`, kinds in turn.
+
+    accuracy: captions in the training's wordings. generalization: wordings never trained on. robustness: captions perturbed
+    (uppercase, misspelling, space, punctuate in turn; `perturbation_type`, with the clean text in `unperturbed`).
+    """
+    if part not in EMBEDDED_PARTS:
+        raise ValueError(f"unknown part {part!r} of the embedded benchmark: use one of {', '.join(EMBEDDED_PARTS)}")
+    rng = np.random.default_rng([world_seed, scenes.SPLITS.index(split), seed, 77])
+    records = []
+    for index in range(count):
+        spec = scenes.sample_spec(rng, split, scenes.KINDS[index % len(scenes.KINDS)], world_seed)
+        text = scenes.caption(spec, rng)
+        identity, extra = f"{part}_{split}_{index:04d}", {"part": part, "heldout": len(spec.groups) > 1 and split != "train"}
+        if part == "generalization":
+            text = _new_wording(spec, rng)
+        if part == "robustness":
+            kind = list(PERTURBATIONS)[(index // len(scenes.KINDS)) % len(PERTURBATIONS)]
+            extra |= {"perturbation_type": kind, "unperturbed": text}
+            text = PERTURBATIONS[kind](text, random.Random(f"{seed}-{index}"))
+        records.append(prompt_record(spec, text, identity, **extra))
+    return records
+
+
+def rl_prompts(count: int, *, seed: int = 0, world_seed: int = 0) -> list[dict]:
+    """`count` prompts to train on by reinforcement: specs and captions of the training split."""
+    rng = np.random.default_rng([world_seed, seed, 78])
+    out = []
+    for index in range(count):
+        spec = scenes.sample_spec(rng, "train", None, world_seed)
+        out.append(prompt_record(spec, scenes.caption(spec, rng), f"rl_{seed}_{index:05d}", part="rl", heldout=False))
+    return out
+
+
+def _new_wording(spec, rng):
+    patterns = NEW_PATTERNS["three" if len(spec.groups) == 3 else spec.relation]
+    said = [scenes.say(group, "gerund", rng) for group in spec.groups]
+    text = patterns[int(rng.integers(len(patterns)))].format(*said)
+    return text[0].upper() + text[1:]
+
+
+def _uppercase(text, rng):
+    return "".join(c.upper() if rng.random() < 0.25 else c for c in text)
+
+
+def _misspelling(text, rng):
+    words = text.split()
+    index = rng.choice([i for i, word in enumerate(words) if len(word) > 3])
+    at = rng.randrange(1, len(words[index]) - 2)
+    word = words[index]
+    words[index] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return " ".join(words)
+
+
+def _space(text, rng):
+    return "".join(c + " " * (rng.random() < 0.08) for c in text).replace(" ", "  ", 1)
+
+
+def _punctuate(text, rng):
+    return " ".join(word + rng.choice(["", "", ",", "!"]) for word in text.split()) + "..."
+
+
+PERTURBATIONS = {"uppercase": _uppercase, "misspelling": _misspelling, "space": _space, "punctuate": _punctuate}
