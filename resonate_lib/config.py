@@ -105,6 +105,7 @@ class PretrainConfig(Config):
     fused_depth: int = knob(3, low=0)  # of them audio-only
     num_heads: int = knob(5, low=1)
     mlp_ratio: float = knob(2.0, above=0)  # published 4; 2 halves the time of a step at this width
+    demo_steps: int = knob(40, low=1)  # of the demonstration where the base model is not trained anew
     continued_steps: int = knob(300, low=1)  # the row "base trained on": about the wall time of one online run
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
 
@@ -130,6 +131,9 @@ class RewardConfig(Config):
     judge_batch_size: int = knob(64, low=1)
     judge_learning_rate: float = knob(1e-3, above=0, high=1)
     eval_clips: int = knob(400, low=4)  # held-out clips of the accuracy table
+    codec_clips: int = knob(128, low=2)  # of them sent through the codec
+    recall_draws: int = knob(1000, low=2)  # of the CLAP's recall@1 among 10 captions
+    base_prompts: int = knob(200, low=2)  # held-out prompts the base model is measured on
     clap_source: str = "shipped"  # or a checkpoint file / hub id of a laion_clap model
     lalm_source: str = "shipped"  # or a directory / hub id of a transformers audio language model
 

@@ -91,3 +91,18 @@ def validation_loss(generator: Generator, latents: torch.Tensor, captions: list[
         condition = generator.encode_prompts(captions[start : start + 128])
         total += float(flow.flow_loss(generator.network, part, condition, generator=rng, caption_dropout=0.0)) * len(part)
     return total / len(latents)
+
+
+def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, checkpoint=None) -> tuple[Generator, list[dict], float]:
+    """A generator trained from nothing on a corpus: codec fit, latents, flow matching by a `PretrainConfig`.
+
+    steps: other than config.steps (a demonstration). Returns it, the history, and the share of variance the codec keeps.
+    """
+    codec, kept = fit_codec(corpus)
+    generator = Generator.new(codec, hidden_dim=config.hidden_dim, depth=config.depth, fused_depth=config.fused_depth,
+                              num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, seed=seed)
+    history = train(generator, encode_corpus(generator, corpus), corpus.captions, steps=steps or config.steps,
+                    batch_size=config.batch_size, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+                    caption_dropout=config.caption_dropout, warmup=config.warmup_steps, precision=config.precision, seed=seed,
+                    checkpoint=checkpoint)
+    return generator, history, kept

@@ -4,6 +4,7 @@ Understood: JSON lines, CSV or TSV with `caption` (or `prompt`) and `audio_path`
 """
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -73,3 +74,17 @@ def load_audio(records, *, sample_rate: int, seconds: float) -> torch.Tensor:
         wave = audio.resample(torch.as_tensor(wave), rate, sample_rate)[:size]
         row[: len(wave)] = wave
     return batch
+
+
+def check_files(records) -> int:
+    """Compare every file with the sha256 its record states; returns how many were compared (a record may state none).
+
+    ValueError names the first file that differs.
+    """
+    stated = [record for record in records if record.get("sha256")]
+    for record in stated:
+        found = hashlib.sha256(Path(record["audio_path"]).read_bytes()).hexdigest()
+        if found != record["sha256"]:
+            raise ValueError(f"{record['audio_path']} is not the file its manifest describes (sha256 {found[:12]}… instead of "
+                             f"{record['sha256'][:12]}…): remove the corpus folder, and it is made again")
+    return len(stated)

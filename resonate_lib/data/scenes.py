@@ -13,7 +13,7 @@ import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ class Spec:
 # --- held-out combinations -------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def held_out(world_seed: int = 0) -> dict[str, frozenset]:
     """Combinations kept from training: {"pairs:test", "pairs:validation": unordered (frozenset of two names),
     "orders:test", "orders:validation": ordered (first, second)}; 12 % and 6 % of the pairs, 10 % and 5 % of the others' orders."""
@@ -274,7 +274,8 @@ def _together(spec, rng, split):
 # --- corpora ----------------------------------------------------------------------------------------------------------
 
 
-def make_scene(index: int, *, split: str, seed: int, world_seed: int = 0, combinations: str | None = None) -> tuple[np.ndarray, dict]:
+def make_scene(index: int, *, split: str, seed: int, world_seed: int = 0,
+               combinations: str | None = None) -> tuple[np.ndarray, dict]:
     """Scene number `index` of a corpus: audio (64000,) and its record without file fields. Same arguments, same scene.
 
     combinations: which combinations of events occur: the split's own (default) or "all".

@@ -4,6 +4,7 @@ Another architecture than the rewards, trained on original scenes they never saw
 which events occur, how often and in which order; its activity threshold is frozen on validation scenes.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from resonate_lib.models.codec import mel_basis
 REAL = torch.tensor([events.EVENTS[name].source == "real" for name in scenes.CLASSES])
 COUNTABLE = torch.tensor([name in scenes.COUNTABLE for name in scenes.CLASSES])
 MAX_COUNT = 4
+THRESHOLDS = tuple(np.arange(0.2, 0.75, 0.05).round(2).tolist())  # of activity, tried on validation
 MIN_FRAMES = 3  # 0.12 s: the shortest event lasts 0.15 s
 
 
@@ -141,13 +143,13 @@ def relation_scores(active: torch.Tensor, metadata: list[dict]) -> tuple[torch.T
         if not all(bool(track.any()) for track in tracks):
             right[index] = False
             continue
-        pairs = list(zip(tracks, tracks[1:], strict=False))
+        pairs = list(itertools.pairwise(tracks))
         shared = [float((a & b).sum() / min(a.sum(), b.sum())) for a, b in pairs]
         if record["relation"] == "while":
             right[index] = shared[0] >= 1 / 3
             continue
         centres = [float(track.nonzero().float().mean()) for track in tracks]
-        in_order = all(a < b for a, b in zip(centres, centres[1:], strict=False))
+        in_order = all(a < b for a, b in itertools.pairwise(centres))
         order[index] = float(in_order)
         right[index] = in_order and max(shared) < 0.5
     return order, right
@@ -204,7 +206,7 @@ def _augment(mel, generator):
 
 
 @torch.no_grad()
-def freeze_threshold(judge: Judge, corpus, thresholds=np.arange(0.2, 0.75, 0.05)) -> float:
+def freeze_threshold(judge: Judge, corpus, thresholds=THRESHOLDS) -> float:
     """Set the activity threshold with the best exact match on (validation) scenes, and return it."""
     audio = corpus.waveforms(range(len(corpus)))
     best = (-1.0, 0.5)

@@ -58,7 +58,7 @@ class MelCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, *, iterations: int = 60) -> torch.Tensor:
-        """Raw latents (B, N, C) -> waveforms (B, T), limited to ±0.99. `iterations` of fast Griffin-Lim; fewer are cheaper and rougher."""
+        """Raw latents (B, N, C) -> waveforms (B, T) within ±0.99. `iterations` of fast Griffin-Lim: fewer are cheaper, rougher."""
         spectrum = self.linear_spectrum(self.to_mel(latents.float()))
         audio = torchaudio.functional.griffinlim(
             spectrum, self.window, self.n_fft, self.hop, self.n_fft, power=1.0, n_iter=iterations, momentum=0.99,

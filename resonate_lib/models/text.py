@@ -53,7 +53,8 @@ class MiniLMEncoder(nn.Module):
         lengths = tokens["attention_mask"].sum(1)
         if int(lengths.max()) > self.length:
             worst = int(lengths.argmax())
-            raise ValueError(f"the prompt {prompts[worst][:40]!r}… has {int(lengths[worst])} tokens; at most {self.length} fit: shorten it")
+            raise ValueError(f"the prompt {prompts[worst][:40]!r}… has {int(lengths[worst])} tokens; "
+                             f"at most {self.length} fit: shorten it")
         mask = tokens["attention_mask"].unsqueeze(-1).float()
         states = self.model(**tokens).last_hidden_state * mask
         padded = states.new_zeros(len(prompts), self.length, self.text_dim)
