@@ -166,8 +166,9 @@ def train(
     generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None,
     pairs: Pairs | None = None,
 ) -> list[dict]:  # fmt: skip
-    """Make pairs with the network as it is (or take `pairs` made before by `make_pairs`), then flow-DPO on generator.network, in place; returns one dict of metrics
-    per step.
+    """Flow-DPO on generator.network, in place; returns one dict of metrics per step.
+
+    pairs: made before by `make_pairs`; None makes them here with the network as it is.
 
     The reference is a frozen copy of the network as it is when this is called (with a checkpoint: call it with the
     same start; the pairs are a function of it and the seed). callback(i, metrics) runs after each step. Every row

@@ -47,7 +47,7 @@ def check_result(result: RewardResult, batch: int, name: str = "reward") -> Rewa
     type or shape and for scores that are not finite.
     """
     if not isinstance(result, RewardResult):  # one kind of error for everything the contract refuses
-        raise ValueError(  # noqa: TRY004
+        raise ValueError(
             f"reward {name!r} returned {type(result).__name__}: a RewardResult(scores, parts) is needed"
         )
     scores = _vector(result.scores, batch, f"reward {name!r}: scores")
@@ -199,7 +199,7 @@ def _load_function(spec: str) -> FunctionReward:
     if not callable(function):
         offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         near = _nearest(name, offered)
-        raise ValueError(f"reward={spec!r}: {where} has no function {name!r}{near}; it has {offered}")  # noqa: TRY004
+        raise ValueError(f"reward={spec!r}: {where} has no function {name!r}{near}; it has {offered}")
     return FunctionReward(function)
 
 

@@ -93,7 +93,8 @@ class SmallCLAP(nn.Module):
         self.text_in = nn.Linear(config.text_width, config.width)
         self.text_tower = Tower(config, config.text_layers, config.max_tokens)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self._text, self._cache, self._limit = text, {}, cache_limit
+        self._cache, self._limit = {}, cache_limit
+        object.__setattr__(self, "_text", text)  # not as a submodule: its weights are not ours to save
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +142,7 @@ class SmallCLAP(nn.Module):
         if self._text is None:
             from resonate_lib.models.text import MiniLMEncoder  # 90 MB: only loaded when a caption comes
 
-            self._text = MiniLMEncoder()
+            object.__setattr__(self, "_text", MiniLMEncoder())
         with torch.no_grad():
             states = self._text(captions).text_f.float().cpu()
         # Padding is rows of zeros at the end.
