@@ -32,8 +32,9 @@ class MiniLMEncoder(nn.Module):
 
     def __init__(self, length: int = MAX_TOKENS):
         super().__init__()
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoTokenizer, logging
 
+        logging.disable_progress_bar()  # 103 small tensors from a local file: nothing to wait for
         folder = minilm_folder()
         self.length = length
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
