@@ -232,7 +232,8 @@ class EvalConfig(Config):
     guidance_scales: tuple[float, ...] = knob((1.0, 2.0, 3.0), low=0, high=20)  # tried on validation
     validation_prompts: int = knob(48, low=2)
     best_of: int = knob(4, low=1)  # clips per prompt in the best-of row
-    decode_iterations: int = knob(32, low=1, high=1000)
+    part_prompts: int = knob(20, low=2)  # prompts of the generalization and of the robustness part
+    decode_iterations: int = knob(16, low=1, high=1000)  # phase-reconstruction rounds for the judges' ears
     bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval
     batch_size: int = knob(32, low=1)
     tta_bench: str = ""  # folder with the published benchmark's files; empty: the embedded one

@@ -1,0 +1,149 @@
+"""The benchmark over everything the suite has trained: which systems there are, original scenes of the same prompts, all rows
+of all settings. One system at a time is scored in `ttabench.py`; tables and words are made in `report.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from resonate_lib import audio
+from resonate_lib.data import scenes
+from resonate_lib.evaluation import metrics, report, ttabench
+from resonate_lib.models.generator import Generator
+
+FOLDERS = {
+    "base": "base",
+    "base trained on": "base_on",
+    "DPO": "dpo",
+    "GRPO (CLAP)": "grpo_clap",
+    "GRPO (LALM)": "grpo_lalm",
+    "NFT": "nft",
+}
+BEST = "best guidance"
+
+
+def load_systems(run, names: Sequence[str] = tuple(FOLDERS)) -> tuple[dict[str, Generator], list[str]]:
+    """Every system of `names` that this run (or --from, or the shipped weights) has, and the names of those it has not.
+
+    run: a runs.Run. The base is needed (ValueError says where to get it). All share the base's text encoder.
+    """
+    systems, missing = {report.BASE: Generator.load(run.resolve_input("base"))}, []
+    for name in names:
+        if name == report.BASE:
+            continue
+        folder = run.resolve_input(FOLDERS[name], optional=True)
+        if folder is None:
+            missing.append(name)
+            continue
+        systems[name] = Generator.load(folder)
+        systems[name].text = systems[report.BASE].text
+        systems[name]._known = systems[report.BASE]._known  # a prompt is encoded once for all of them
+    return systems, missing
+
+
+def original_scenes(records: Sequence[dict], *, seed: int = 0) -> torch.Tensor:
+    """One original scene (B, T) at 16 kHz of each prompt's spec, from the test takes: what a perfect generator could give."""
+    waves = []
+    for index, record in enumerate(records):
+        rng = np.random.default_rng([seed, index, 79])
+        waves.append(scenes.render(scenes.Spec.of(record), rng, "test")[0])
+    return torch.from_numpy(np.stack(waves))
+
+
+def pick_guidance(
+    systems: Mapping[str, Generator], records: Sequence[dict], scorers: Mapping, scales: Sequence[float], **settings
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Each system's guidance with the highest exact match on validation prompts, and the table of all that was tried.
+
+    Table: system, guidance, metric, mean, low, high, n, prompts, seeds. settings: as for `ttabench.evaluate`.
+    """
+    best, tables = {}, []
+    for name, generator in systems.items():
+        best[name], rows = ttabench.best_guidance(generator, records, scorers, scales, label=name, **settings)
+        tables.append(rows)
+        print(f"{name}: best guidance {best[name]:g}", flush=True)
+    return best, metrics.summarise(pd.concat(tables), ["system", "guidance"], metrics=("exact", "event_f1"), n=400)
+
+
+def evaluate_all(
+    systems: Mapping[str, Generator],
+    records: Sequence[dict],
+    scorers: Mapping,
+    *,
+    best: Mapping[str, float] | None = None,
+    best_of: int = 0,
+    say: Callable[[str], None] = print,
+    **settings,
+) -> pd.DataFrame:
+    """Rows of every system at guidance 1, and again at its own `best` guidance as the setting "best guidance".
+
+    best_of >= 2 adds the base's best of that many by `reward`. A system whose best guidance is 1 is not generated twice.
+    settings: as for `ttabench.evaluate` (num_steps, seed, samples_per_prompt, batch_size, decode_iterations).
+    """
+    tasks = [(name, generator, 1) for name, generator in systems.items()]
+    if best_of >= 2:
+        tasks.insert(1, (f"best of {best_of}", systems[report.BASE], best_of))
+    tables = []
+    for name, generator, candidates in tasks:
+        scales = {"guidance 1": 1.0}
+        if best is not None:
+            scales[BEST] = best[name if name in best else report.BASE]
+        done: dict[float, pd.DataFrame] = {}
+        for setting, scale in scales.items():
+            if scale not in done:
+                done[scale] = ttabench.evaluate(
+                    generator, records, scorers, guidance_scale=scale, label=name, best_of=candidates, **settings
+                )
+            tables.append(done[scale].assign(setting=setting))
+            exact = metrics.measure(tables[-1], "exact", n=2).mean
+            say(f"{name}, {setting} ({scale:g}): exact {exact:.3f}")
+    rows = pd.concat(tables, ignore_index=True)
+    order = {"guidance 1": 0, BEST: 1}
+    return rows.sort_values("setting", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+
+
+def robustness(rows: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
+    """Exact match and event F1 on perturbed prompts, on the same prompts unperturbed, and their ratio, for each system."""
+    lines = []
+    for system, perturbed in rows.groupby("system", sort=False):
+        line = {"system": system}
+        baseline = clean[clean["system"] == system]
+        for metric in ("exact", "event_f1"):
+            a, b = (metrics.measure(part, metric, n=2).mean for part in (perturbed, baseline))
+            line |= {metric: a, f"{metric}_clean": b, f"{metric}_ratio": ttabench.robustness_score(a, b)}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def save_clips(
+    systems: Mapping[str, Generator], records: Sequence[dict], folder, *, num_steps: int, seed: int, guidance_scale=1.0
+) -> list[dict]:
+    """FLAC files `<system>_<prompt id>.flac` in `folder`, decoded as for listening; returns rows system, id, prompt, file."""
+    rows = []
+    seeds = [ttabench.noise_seed(seed, record["id"], 0) for record in records]
+    texts = [record["prompt_text"] for record in records]
+    for name, generator in systems.items():
+        latents = generator.generate(texts, steps=num_steps, guidance_scale=guidance_scale, seeds=seeds)
+        for record, clip in zip(records, generator.decode(latents), strict=True):
+            file = f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{record['id']}.flac"
+            audio.write(Path(folder) / file, clip, generator.sample_rate)
+            rows.append({"system": name, "id": record["id"], "prompt": record["prompt_text"], "file": file})
+    return rows
+
+
+def over_seeds(version, *, n: int = 2000) -> tuple[pd.DataFrame, str]:
+    """The headline table and its words over all seeds of a version: `seed*/metrics/tta_rows.csv`, prompts and seeds resampled.
+
+    A version of one seed gives that one's. FileNotFoundError when notebook 06 has not run in it.
+    """
+    paths = sorted(Path(version).glob("seed*/metrics/tta_rows.csv")) or [Path(version) / "metrics" / "tta_rows.csv"]
+    if not paths[0].is_file():
+        raise FileNotFoundError(f"no tta_rows.csv in {version}: run notebook 06 first")
+    rows = pd.concat([pd.read_csv(path, keep_default_na=True, na_values=[""]) for path in paths], ignore_index=True)
+    return report.headline_table(rows, n=n), report.words(rows)
