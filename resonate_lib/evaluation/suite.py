@@ -122,15 +122,25 @@ def robustness(rows: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
 
 
 def save_clips(
-    systems: Mapping[str, Generator], records: Sequence[dict], folder, *, num_steps: int, seed: int, guidance_scale=1.0
+    systems: Mapping[str, Generator],
+    records: Sequence[dict],
+    folder,
+    *,
+    num_steps: int,
+    seed: int,
+    guidance_scale: float = 1.0,
+    iterations: int = 60,
 ) -> list[dict]:
-    """FLAC files `<system>_<prompt id>.flac` in `folder`, decoded as for listening; returns rows system, id, prompt, file."""
+    """FLAC files `<system>_<prompt id>.flac` in `folder`, from the benchmark's noise; returns rows system, id, prompt, file.
+
+    iterations: phase-reconstruction rounds of the decode.
+    """
     rows = []
     seeds = [ttabench.noise_seed(seed, record["id"], 0) for record in records]
     texts = [record["prompt_text"] for record in records]
     for name, generator in systems.items():
         latents = generator.generate(texts, steps=num_steps, guidance_scale=guidance_scale, seeds=seeds)
-        for record, clip in zip(records, generator.decode(latents), strict=True):
+        for record, clip in zip(records, generator.decode(latents, iterations=iterations), strict=True):
             file = f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{record['id']}.flac"
             audio.write(Path(folder) / file, clip, generator.sample_rate)
             rows.append({"system": name, "id": record["id"], "prompt": record["prompt_text"], "file": file})

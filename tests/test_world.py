@@ -1,0 +1,380 @@
+"""The embedded world: events, scenes, captions, splits, folders of recordings, prompts, codec, generator, judge."""
+
+import itertools
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from resonate_lib import audio
+from resonate_lib.data import audio_folder, events, prompts, scenes
+from resonate_lib.data.corpus import Corpus
+from resonate_lib.evaluation import suite
+from resonate_lib.evaluation.judge import Judge, asked_counts, relation_scores
+from resonate_lib.models.codec import MelCodec
+from resonate_lib.models.generator import Generator
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "resonate_lib" / "weights" / "tiny"
+REAL = [name for name, event in events.EVENTS.items() if event.source == "real"]
+
+
+def rng(*seed):
+    return np.random.default_rng(seed or (0,))
+
+
+def spec(*groups, relation="single"):
+    return scenes.Spec(tuple(groups), relation)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    if not (WEIGHTS / "base").is_dir():
+        pytest.skip("no shipped base model in resonate_lib/weights/tiny")
+    return Generator.load(WEIGHTS / "base")
+
+
+# ---- events ------------------------------------------------------------
+
+
+def test_the_world_has_the_events_it_promises():
+    assert len(REAL) >= 5
+    assert len(events.EVENTS) - len(REAL) >= 12
+
+
+@pytest.mark.parametrize("name", list(events.EVENTS))
+def test_an_event_is_finite_of_known_level_and_never_twice_the_same(name):
+    one, again, other = (events.render_event(name, rng(seed)) for seed in (1, 1, 2))
+    assert one.dtype == np.float32 and np.isfinite(one).all()
+    assert np.array_equal(one, again)
+    assert one.shape != other.shape or not np.allclose(one, other)
+    assert 0.05 < np.sqrt(np.mean(one[np.abs(one) > 0.01] ** 2)) < 0.4
+    high = events.EVENTS[name].seconds[1]
+    assert len(one) <= (high + 0.01) * events.SAMPLE_RATE
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_takes_of_train_and_test_are_apart_unless_declared(name):
+    train, test = events.takes(name)["train"], events.takes(name)["test"]
+    assert len(train) and len(test)
+    shared = any(len(a) == len(b) and np.array_equal(a, b) for a in train for b in test)
+    assert shared == events.EVENTS[name].same_recording
+
+
+def test_an_unknown_event_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match=r"unknown event 'drum'.*cow"):
+        events.render_event("drum", rng())
+
+
+# ---- scenes ------------------------------------------------------------
+
+
+def test_the_same_arguments_give_the_same_scene_and_others_do_not():
+    (one, first), (same, again) = (scenes.make_scene(5, split="train", seed=1) for _ in range(2))
+    assert np.array_equal(one, same) and first == again
+    other, _ = scenes.make_scene(5, split="train", seed=2)
+    assert not np.array_equal(one, other)
+
+
+def test_onsets_are_exact():
+    """A single event in near silence: before its onset only the noise floor, right after it the event."""
+    for seed in range(8):
+        wave, placed = scenes.render(spec(("beep", 1)), rng(seed))
+        start = round(placed[0]["onset"] * scenes.SAMPLE_RATE)
+        before, after = wave[:start], wave[start : start + 1600]
+        if len(before) > 100:
+            assert np.abs(before).max() < 0.005
+        assert np.abs(after).max() > 0.02
+        end = round(placed[0]["offset"] * scenes.SAMPLE_RATE)
+        assert np.abs(wave[end + 1 :]).max(initial=0) < 0.005
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_scenes_keep_to_their_length_order_and_peak(split):
+    for index in range(40):
+        wave, record = scenes.make_scene(index, split=split, seed=3)
+        assert wave.shape == (64000,) and np.abs(wave).max() <= 0.951
+        asked = dict(record["groups"])
+        heard = {name: sum(e["name"] == name for e in record["events"]) for name in asked}
+        assert heard == asked
+        assert all(0 <= e["onset"] < e["offset"] <= 4.0 for e in record["events"])
+        if record["relation"] == "followed by":
+            order = [name for name, _ in itertools.groupby(record["events"], key=lambda e: e["name"])]
+            assert order == [name for name, _ in record["groups"]]
+        if record["relation"] == "while":
+            a, b = record["events"]
+            assert min(a["offset"], b["offset"]) - max(a["onset"], b["onset"]) > 0
+
+
+def test_held_out_combinations_never_occur_in_training():
+    kept = scenes.held_out(0)
+    pairs = kept["pairs:test"] | kept["pairs:validation"]
+    orders = kept["orders:test"] | kept["orders:validation"]
+    assert pairs and orders and not kept["pairs:test"] & kept["pairs:validation"]
+    random = rng(4)
+    for _ in range(1500):
+        drawn = scenes.sample_spec(random, "train")
+        for first, second in itertools.combinations(drawn.names, 2):
+            assert frozenset((first, second)) not in pairs
+            assert drawn.relation != "followed by" or (first, second) not in orders
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_prompts_of_several_events_hold_a_held_out_combination(split):
+    random = rng(5)
+    drawn = [scenes.sample_spec(random, split) for _ in range(200)]
+    several = [s for s in drawn if len(s.groups) > 1]
+    assert several and all(scenes.combination_split(s) == split for s in several)
+
+
+def test_occurrences_of_a_count_differ_in_gain_and_sound():
+    _, placed = scenes.render(spec(("ding", 3)), rng(6))
+    assert len(placed) == 3
+    assert len({event["level_db"] for event in placed}) == 3
+    wave, _ = scenes.render(spec(("ding", 3)), rng(6))
+    cut = [wave[round(e["onset"] * 16000) :][:4000] for e in placed]
+    assert not np.allclose(cut[0] / np.abs(cut[0]).max(), cut[1] / np.abs(cut[1]).max(), atol=0.05)
+
+
+def test_negatives_are_wrong_and_of_every_kind():
+    random, seen = rng(7), set()
+    for _ in range(300):
+        truth = scenes.sample_spec(random)
+        for kind, wrong in scenes.negative_specs(truth, random).items():
+            seen.add(kind)
+            assert wrong != truth
+            assert sorted(wrong.groups) != sorted(truth.groups) or (wrong.groups != truth.groups and kind == "swapped")
+        captions = scenes.negatives(truth, random)
+        assert all(text and text[0] == text[0].upper() for text in captions.values())
+    assert seen == {"missing", "replaced", "swapped", "count"}
+
+
+def test_captions_say_every_event_and_the_number():
+    text = scenes.caption(spec(("ding", 3), ("cow", 1), relation="followed by"), rng(8)).lower()
+    assert "three" in text and "moo" in text
+    assert len({scenes.caption(spec(("dog", 1), ("rain", 1), relation="while"), rng(9, i)) for i in range(30)}) > 6
+
+
+# ---- corpora and folders ------------------------------------------------------------
+
+
+def test_a_corpus_on_disk_equals_the_one_in_memory(tmp_path):
+    manifest = scenes.make_corpus(tmp_path / "corpus", split="train", count=6, seed=2, workers=1)
+    records = audio_folder.load_manifest(manifest)
+    assert len(records) == 6
+    for record in records:
+        assert audio.read(record["audio_path"])[0].shape == (64000,)
+        assert len(record["sha256"]) == 64
+    disk, memory = Corpus.from_manifest(manifest), Corpus.from_scenes(6, seed=2, workers=1)
+    assert np.abs(disk.audio.astype(int) - memory.audio.astype(int)).max() <= 1
+    assert disk.activity([0]).shape == (1, 100, len(scenes.CLASSES))
+    assert scenes.make_corpus(tmp_path / "corpus", split="train", count=6) == manifest  # reused
+
+
+def test_anybodys_recordings_in_csv_with_audio_id(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full((22050, 2), 0.25), 44100)
+    (tmp_path / "captions.csv").write_text("audio_id,caption\na,a hum\n")
+    records = audio_folder.load_manifest(tmp_path / "captions.csv")
+    clip = audio_folder.load_audio(records, sample_rate=16000, seconds=1.0)
+    assert clip.shape == (1, 16000)
+    assert clip[0, 100:7000].mean() == pytest.approx(0.25, abs=0.01) and not clip[0, 8200:].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("a.csv", "audio_id,text\na,hum\n", ValueError, "needs `caption`"),
+        ("a.csv", "audio_id,caption\n", ValueError, "no entries"),
+        ("a.csv", "audio_id,caption\nb,hum\n", FileNotFoundError, "no recording"),
+        ("a.jsonl", "{broken\n", ValueError, "line 1 is not JSON"),
+        ("a.txt", "x\n", ValueError, "unknown kind of caption file"),
+    ],
+)
+def test_a_bad_caption_file_is_refused_with_the_fix(tmp_path, name, content, error, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=message):
+        audio_folder.load_manifest(tmp_path / name)
+
+
+def test_missing_empty_and_corrupt_recordings_are_refused(tmp_path):
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "noise.flac").write_bytes(os.urandom(500))
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
+    for name in ("absent.wav", "empty.wav", "noise.flac", "none.wav"):
+        with pytest.raises((ValueError, OSError), match=name):
+            audio.read(tmp_path / name)
+
+
+# ---- prompts ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", prompts.EMBEDDED_PARTS)
+def test_the_embedded_benchmark_is_fixed_unique_and_in_the_schema(part):
+    records, again = (prompts.embedded_bench(part, count=40) for _ in range(2))
+    assert records == again and len({record["id"] for record in records}) == 40
+    for record in records:
+        assert record["event_count"] == len(record["event_list"]) == len(record["groups"])
+        assert record["event_relation"] in ("None", "parallelism", "sequence")
+        assert record["heldout"] == (len(record["groups"]) > 1)
+    assert {record["kind"] for record in records} == set(scenes.KINDS)
+
+
+def test_robustness_changes_the_text_and_keeps_the_meaning():
+    for record in prompts.embedded_bench("robustness", count=40):
+        assert record["prompt_text"] != record["unperturbed"] or record["perturbation_type"] == "uppercase"
+
+
+def test_training_prompts_hold_no_held_out_combination():
+    records = prompts.rl_prompts(300, seed=1)
+    assert all(scenes.combination_split(scenes.Spec.of(record)) == "train" for record in records)
+
+
+def test_the_published_benchmark_is_read_as_it_is():
+    default = ROOT / ".." / "shared" / "prompts" / "tta_bench"
+    folder = Path(os.environ.get("RESONATE_TTA_BENCH", default)).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no TTA-Bench prompts in {folder}: set RESONATE_TTA_BENCH")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts = {part: len(prompts.load_tta_bench(folder, part)) for part in prompts.TTA_BENCH_FILES}
+    assert list(counts.values()) == [1500, 300, 300, 299, 300, 300]
+    with pytest.warns(UserWarning, match="event_count differs from event_list in 5 records"):
+        records = prompts.load_tta_bench(folder, "accuracy")
+    assert records == json.loads((folder / "acc_prompt.json").read_text(encoding="utf-8"))
+
+
+def test_a_missing_or_broken_benchmark_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"acc_prompt\.json"):
+        prompts.load_tta_bench(tmp_path, "accuracy")
+    (tmp_path / "acc_prompt.json").write_text('[{"id": "x"}]')
+    with pytest.raises(ValueError, match="record 1: needs `id` and `prompt_text`"):
+        prompts.load_tta_bench(tmp_path, "accuracy")
+    with pytest.raises(ValueError, match="unknown part"):
+        prompts.load_tta_bench(tmp_path, "speed")
+
+
+# ---- codec ------------------------------------------------------------
+
+
+def test_the_codec_has_its_shapes_and_keeps_almost_everything():
+    corpus = Corpus.from_scenes(60, seed=3, workers=1)
+    codec = MelCodec()
+    kept = codec.fit([corpus.waveforms(range(60))])
+    assert kept > 0.95
+    clips = corpus.waveforms(range(4))
+    latents = codec.encode(clips)
+    assert latents.shape == (4, 31, 96)
+    exact, coded = codec.mel(clips), torch.log1p(codec.gain * codec.to_mel(latents)).transpose(1, 2)
+    assert (exact - coded).pow(2).mean() < 0.05 * exact.var()
+    sound = codec.decode(latents, iterations=8)
+    assert sound.shape == (4, 64000) and sound.abs().max() <= 0.991
+    error = (codec.mel(sound) - exact).pow(2).mean() / exact.var()
+    assert error < 0.15
+
+
+# ---- generator ------------------------------------------------------------
+
+
+def test_a_seed_fixes_a_sample_whatever_its_batch(generator):
+    texts = ["a dog barks", "rain falls, followed by a cow mooing", "three dings"]
+    alone = [
+        generator.generate([text], steps=3, guidance_scale=2.0, seeds=[7 + i], precision="float32") for i, text in enumerate(texts)
+    ]
+    together = generator.generate(texts, steps=3, guidance_scale=2.0, seeds=[7, 8, 9], precision="float32")
+    assert torch.allclose(torch.cat(alone), together, atol=1e-4)
+    assert not torch.allclose(together[0], together[1])
+    assert generator.decode(together, iterations=2).shape == (3, 64000)
+
+
+def test_another_seed_gives_another_sample(generator):
+    one, other = (generator.generate(["a dog barks"], steps=2, seeds=[seed]) for seed in (1, 2))
+    assert not torch.allclose(one, other)
+
+
+def test_a_prompt_over_77_tokens_is_refused(generator):
+    with pytest.raises(ValueError, match="at most 77"):
+        generator.encode_prompts(["a dog barks and " * 30])
+
+
+def test_a_seed_for_each_prompt_is_needed(generator):
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
+        generator.generate(["a", "b"], seeds=[1])
+
+
+def test_saved_and_loaded_gives_the_same_latents(generator, tmp_path):
+    generator.save(tmp_path / "copy", half=False)
+    again = Generator.load(tmp_path / "copy")
+    one, other = (g.generate(["a dog barks"], steps=2, seeds=[3], precision="float32") for g in (generator, again))
+    assert torch.allclose(one, other, atol=2e-3)  # token states are kept as float16
+    (tmp_path / "copy" / "network.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"network\.safetensors is missing"):
+        Generator.load(tmp_path / "copy")
+
+
+# ---- judge ------------------------------------------------------------
+
+
+def tracks(**frames):
+    active = torch.zeros(1, 100, len(scenes.CLASSES), dtype=torch.bool)
+    for name, (first, last) in frames.items():
+        active[0, first:last, scenes.CLASSES.index(name)] = True
+    return active
+
+
+def test_relations_by_hand():
+    then = [{"groups": [["dog", 1], ["rain", 1]], "relation": "followed by"}]
+    while_ = [{"groups": [["dog", 1], ["rain", 1]], "relation": "while"}]
+    order, right = relation_scores(tracks(dog=(0, 20), rain=(30, 60)), then)
+    assert order.item() == 1 and right.item()
+    order, right = relation_scores(tracks(rain=(0, 20), dog=(30, 60)), then)
+    assert order.item() == 0 and not right.item()
+    order, right = relation_scores(tracks(dog=(10, 20), rain=(0, 60)), then)
+    assert not right.item()  # in order by its centre, but on top of each other
+    order, right = relation_scores(tracks(dog=(10, 20), rain=(0, 60)), while_)
+    assert torch.isnan(order).item() and right.item()
+    order, right = relation_scores(tracks(dog=(10, 20)), while_)
+    assert not right.item()
+
+
+def test_the_multiset_counts_within_class(monkeypatch):
+    judge = Judge()
+    metadata = [{"groups": [["ding", 3], ["cow", 1]], "relation": "followed by"}]
+    asked = asked_counts(metadata)
+    assert asked.sum() == 4 and asked[0, scenes.CLASSES.index("ding")] == 3
+    heard = asked.clone()
+    heard[0, scenes.CLASSES.index("ding")] = 2
+    heard[0, scenes.CLASSES.index("dog")] = 1
+    monkeypatch.setattr(judge, "detect", lambda audio: (heard, tracks(ding=(0, 20), cow=(40, 60), dog=(80, 90))))
+    scores = judge.score(None, metadata)
+    assert [scores[k].item() for k in ("tp", "fp", "fn", "exact", "order")] == [3, 1, 1, 0, 1]
+    assert [scores[k].item() for k in ("tp_real", "fp_real", "fn_real")] == [1, 1, 0]
+
+
+def test_a_saved_judge_hears_the_same(tmp_path):
+    judge = Judge(threshold=0.35).eval()
+    judge.save(tmp_path)
+    again, wave = Judge.load(tmp_path), torch.randn(2, 64000, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert again.threshold == 0.35
+    close = [torch.allclose(a, b, atol=0.05) for a, b in zip(judge(judge.mel(wave)), again(again.mel(wave)), strict=True)]
+    assert all(close)
+    with pytest.raises(FileNotFoundError, match="no judge in"):
+        Judge.load(tmp_path / "absent")
+
+
+def test_the_shipped_judge_knows_originals_from_other_originals():
+    if not (WEIGHTS / "judge").is_dir():
+        pytest.skip("no shipped judge in resonate_lib/weights/tiny")
+    judge = Judge.load(WEIGHTS / "judge")
+    records = prompts.embedded_bench("accuracy", count=50)
+    waves = suite.original_scenes(records, seed=1)
+    assert waves.shape == (50, 64000) and torch.equal(waves, suite.original_scenes(records, seed=1))
+    scores = judge.score(waves, records)
+    f1 = 2 * scores["tp"].sum() / (2 * scores["tp"] + scores["fp"] + scores["fn"]).sum()
+    assert f1 > 0.9 and scores["exact"].mean() > 0.75
+    other = judge.score(waves.roll(1, 0), records)
+    assert other["exact"].mean() < 0.2
