@@ -100,10 +100,12 @@ class PretrainConfig(Config):
     weight_decay: float = knob(1e-6, low=0)
     warmup_steps: int = knob(100, low=0)  # linear, then the schedule
     caption_dropout: float = knob(0.1, low=0, high=0.9)  # share trained on the empty prompt, which guidance needs
+    time_mean: float = knob(0.0, low=-3, high=3)  # of the logit-normal times; published 0, more is noisier
     hidden_dim: int = knob(160, low=8)
     depth: int = knob(5, low=2)  # all blocks
     fused_depth: int = knob(3, low=0)  # of them audio-only
     num_heads: int = knob(5, low=1)
+    text_seq_len: int = knob(77, low=4, high=77)  # tokens a prompt may have; all are computed, so fewer are faster
     mlp_ratio: float = knob(2.0, above=0)  # published 4; 2 halves the time of a step at this width
     demo_steps: int = knob(40, low=1)  # of the demonstration where the base model is not trained anew
     continued_steps: int = knob(300, low=1)  # the row "base trained on": about the wall time of one online run

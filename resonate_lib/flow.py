@@ -92,16 +92,17 @@ def dropped_condition(network: FluxAudio, cond: Condition, drop: Tensor) -> Cond
 
 def flow_loss(
     network: FluxAudio, latents: Tensor, cond: Condition, *, generator: torch.Generator, caption_dropout: float = 0.1,
-    mask: Tensor | None = None, weight: Tensor | None = None,
+    time_mean: float = 0.0, mask: Tensor | None = None, weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Flow-matching loss, 0-dim: mean squared velocity error over the batch.
 
     latents (B, N, C) in network space (`network.normalize`); mask (B, N) is 1 on frames that count. Times are
-    logit-normal, t = sigmoid(N(0, 1)) per sample; ONE Bernoulli(caption_dropout) per sample replaces both text tensors
+    logit-normal, t = sigmoid(N(time_mean, 1)) per sample (published mean 0; above it, more of the noisy times where
+    events are decided); ONE Bernoulli(caption_dropout) per sample replaces both text tensors
     by the empty string's. Source: the published pre-training recipe. All draws come from `generator`.
     """
     batch, device = latents.shape[0], latents.device
-    t = torch.randn(batch, generator=generator, device=generator.device).sigmoid().to(device)
+    t = (torch.randn(batch, generator=generator, device=generator.device) + time_mean).sigmoid().to(device)
     noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(device)
     drop = (torch.rand(batch, generator=generator, device=generator.device) < caption_dropout).to(device)
     velocity = guided(network, interpolate(latents, noise, t), t, dropped_condition(network, cond, drop), 1.0)

@@ -105,7 +105,7 @@ def spectrogram_row(clips: Mapping[str, object], sample_rate: int, *, title: str
     top = max(float(spectrogram_db(clip, sample_rate).max()) for clip in clips.values())
     figure, axes = _axes(1, len(clips), size=(3.2 * len(clips) + 0.8, 2.8), sharey=True)
     for ax, (label, clip) in zip(axes[0], clips.items(), strict=True):
-        spectrogram(clip, sample_rate, ax, top_db=top, title=label, colorbar=ax is axes[0, -1])
+        spectrogram(clip, sample_rate, ax, top_db=top, title=_wrap(label, 24), colorbar=ax is axes[0, -1])
         ax.label_outer()
     figure.suptitle(title, fontsize=10)
     return figure

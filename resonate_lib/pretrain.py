@@ -47,7 +47,7 @@ def channel_weight(generator: Generator) -> torch.Tensor:
 
 
 def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, batch_size: int = 64,
-          learning_rate: float = 1e-3, caption_dropout: float = 0.1, warmup: int = 100, weight_decay: float = 1e-6,
+          learning_rate: float = 1e-3, caption_dropout: float = 0.1, time_mean: float = 0.0, warmup: int = 100, weight_decay: float = 1e-6,
           precision: str = "auto", seed: int = 0, checkpoint=None, decay: bool = True, seconds: float | None = None,
           label: str = "base") -> list[dict]:
     """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
@@ -58,7 +58,7 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
     """
     network = generator.network.train()
     weight = channel_weight(generator)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     factor = lambda i: learning_rate_factor(i, steps if decay else 10**9, warmup)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -68,7 +68,7 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
         condition = generator.encode_prompts(captions(positions, words))
         with training.autocast(precision):
             loss = flow.flow_loss(network, latents[positions], condition, generator=rng, caption_dropout=caption_dropout,
-                                  weight=weight)
+                                  time_mean=time_mean, weight=weight)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -101,9 +101,10 @@ def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, check
     """
     codec, kept = fit_codec(corpus)
     generator = Generator.new(codec, hidden_dim=config.hidden_dim, depth=config.depth, fused_depth=config.fused_depth,
-                              num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, seed=seed)
+                              num_heads=config.num_heads, mlp_ratio=config.mlp_ratio,
+                              text_seq_len=config.text_seq_len, seed=seed)
     history = train(generator, encode_corpus(generator, corpus), corpus.captions, steps=steps or config.steps,
                     batch_size=config.batch_size, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-                    caption_dropout=config.caption_dropout, warmup=config.warmup_steps, precision=config.precision, seed=seed,
+                    caption_dropout=config.caption_dropout, time_mean=config.time_mean, warmup=config.warmup_steps, precision=config.precision, seed=seed,
                     checkpoint=checkpoint)
     return generator, history, kept

@@ -53,15 +53,15 @@ class Corpus:
         return torch.from_numpy(self.audio[np.asarray(positions)].astype(np.float32) / 32767.0)
 
     def captions(self, positions, rng: np.random.Generator) -> list[str]:
-        """A random paraphrase for each clip: written anew for scenes, picked from the record for anybody's recordings."""
-        out = []
-        for position in positions:
-            record = self.records[position]
-            if "groups" in record:
-                out.append(scenes.caption(scenes.Spec.of(record), rng))
-            else:
-                out.append(record["captions"][int(rng.integers(len(record["captions"])))])
-        return out
+        """One of each clip's own captions, at random."""
+        choices = (self.records[position]["captions"] for position in positions)
+        return [options[int(rng.integers(len(options)))] for options in choices]
+
+    def paraphrases(self, positions, rng: np.random.Generator) -> list[str]:
+        """As `captions`, but written anew where the clip is a scene: more wordings than its record holds."""
+        if "groups" not in self.records[0]:
+            return self.captions(positions, rng)
+        return [scenes.caption(scenes.Spec.of(self.records[position]), rng) for position in positions]
 
     def activity(self, positions) -> torch.Tensor:
         """(B, frames, classes) float32 at 25 Hz: 1 where an event sounds."""
@@ -87,7 +87,7 @@ class Corpus:
         """A random batch: audio (B, T), captions, negatives (list of {kind: caption}), activity (B, frames, classes), positions."""
         positions = torch.randint(len(self), (size,), generator=generator).tolist()
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
-        batch = {"positions": positions, "audio": self.waveforms(positions), "captions": self.captions(positions, rng)}
+        batch = {"positions": positions, "audio": self.waveforms(positions), "captions": self.paraphrases(positions, rng)}
         if "groups" in self.records[0]:
             batch["negatives"] = [scenes.negatives(scenes.Spec.of(self.records[p]), rng) for p in positions]
             batch["activity"] = self.activity(positions)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from resonate_lib import samplers, training
 from resonate_lib.models.codec import MelCodec
 from resonate_lib.models.flux_audio import Condition, FluxAudio
-from resonate_lib.models.text import MiniLMEncoder
+from resonate_lib.models.text import MAX_TOKENS, MiniLMEncoder
 
 LISTENING_ITERATIONS = 60  # Griffin-Lim rounds of the decode that people hear
 
@@ -29,9 +29,10 @@ class Generator:
         self._known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
-    def new(cls, codec: MelCodec, *, hidden_dim=192, depth=6, fused_depth=4, num_heads=3, mlp_ratio=4.0, seed=0) -> "Generator":
-        """An untrained generator around a fitted codec, its weights a function of the seed."""
-        text = MiniLMEncoder()
+    def new(cls, codec: MelCodec, *, hidden_dim=192, depth=6, fused_depth=4, num_heads=3, mlp_ratio=4.0,
+            text_seq_len=MAX_TOKENS, seed=0) -> "Generator":
+        """An untrained generator around a fitted codec, its weights a function of the seed; text_seq_len bounds a prompt's tokens."""
+        text = MiniLMEncoder(text_seq_len)
         config = dict(latent_dim=codec.latent_dim, text_dim=text.text_dim, text_c_dim=text.text_dim, hidden_dim=hidden_dim,
                       depth=depth, fused_depth=fused_depth, num_heads=num_heads, latent_seq_len=codec.latent_len,
                       text_seq_len=text.length, mlp_ratio=mlp_ratio)
@@ -49,7 +50,7 @@ class Generator:
         return Generator(self.text, copy.deepcopy(self.network), self.codec, self.network_config)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Condition of B prompts, each encoded once in the generator's life. ValueError over 77 tokens."""
+        """Condition of B prompts, each encoded once in the generator's life. ValueError over text_seq_len tokens."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if new:
             text_f, text_f_c = self.text(new)
@@ -97,6 +98,12 @@ class Generator:
             os.replace(temporary, folder / f"{name}.safetensors")
         facts = {"network": self.network_config, "codec": self.codec.config, **facts}
         (folder / "generator.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    @staticmethod
+    def facts(folder) -> dict:
+        """What `save` was told about the model in `folder`: seed, steps, …"""
+        config = json.loads((Path(folder) / "generator.json").read_text())
+        return {key: value for key, value in config.items() if key not in ("network", "codec")}
 
     @classmethod
     def load(cls, folder) -> "Generator":
