@@ -47,7 +47,8 @@ def channel_weight(generator: Generator) -> torch.Tensor:
 
 
 def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, batch_size: int = 64,
-          learning_rate: float = 1e-3, caption_dropout: float = 0.1, time_mean: float = 0.0, warmup: int = 100, weight_decay: float = 1e-6,
+          learning_rate: float = 1e-3, caption_dropout: float = 0.1, time_mean: float = 0.0,
+          warmup: int = 100, weight_decay: float = 1e-6,
           precision: str = "auto", seed: int = 0, checkpoint=None, decay: bool = True, seconds: float | None = None,
           label: str = "base") -> list[dict]:
     """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
@@ -105,6 +106,7 @@ def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, check
                               text_seq_len=config.text_seq_len, seed=seed)
     history = train(generator, encode_corpus(generator, corpus), corpus.captions, steps=steps or config.steps,
                     batch_size=config.batch_size, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-                    caption_dropout=config.caption_dropout, time_mean=config.time_mean, warmup=config.warmup_steps, precision=config.precision, seed=seed,
+                    caption_dropout=config.caption_dropout, time_mean=config.time_mean, warmup=config.warmup_steps,
+                    precision=config.precision, seed=seed,
                     checkpoint=checkpoint)
     return generator, history, kept

@@ -31,7 +31,7 @@ class Generator:
     @classmethod
     def new(cls, codec: MelCodec, *, hidden_dim=192, depth=6, fused_depth=4, num_heads=3, mlp_ratio=4.0,
             text_seq_len=MAX_TOKENS, seed=0) -> "Generator":
-        """An untrained generator around a fitted codec, its weights a function of the seed; text_seq_len bounds a prompt's tokens."""
+        """An untrained generator around a fitted codec, its weights a function of the seed. text_seq_len: a prompt's longest."""
         text = MiniLMEncoder(text_seq_len)
         config = dict(latent_dim=codec.latent_dim, text_dim=text.text_dim, text_c_dim=text.text_dim, hidden_dim=hidden_dim,
                       depth=depth, fused_depth=fused_depth, num_heads=num_heads, latent_seq_len=codec.latent_len,
