@@ -296,8 +296,8 @@ def test_another_seed_gives_another_sample(generator):
     assert not torch.allclose(one, other)
 
 
-def test_a_prompt_over_77_tokens_is_refused(generator):
-    with pytest.raises(ValueError, match="at most 77"):
+def test_a_prompt_of_too_many_tokens_is_refused(generator):
+    with pytest.raises(ValueError, match=f"at most {generator.text.length}"):
         generator.encode_prompts(["a dog barks and " * 30])
 
 
