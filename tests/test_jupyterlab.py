@@ -21,7 +21,7 @@ CELLS = "document.querySelectorAll('.jp-CodeCell').length"
 # [12] has run, [*] runs, [ ] waits; cells out of sight are rendered too (windowing is switched off below).
 PENDING = """[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
              .filter(p => !/\\[\\d+\\]/.test(p.textContent)).length"""
-ERRORS = """[...document.querySelectorAll('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"], .jp-OutputArea-output')]
+ERRORS = """[...document.querySelectorAll('.jp-OutputArea-output')]
             .map(o => o.textContent).filter(t => /Traceback|Error:/.test(t)).join('\\n')"""
 
 
