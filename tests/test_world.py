@@ -154,6 +154,15 @@ def test_negatives_are_wrong_and_of_every_kind():
     assert seen == {"missing", "replaced", "swapped", "count"}
 
 
+def test_negatives_for_training_hold_no_held_out_combination():
+    random, seen = rng(8), set()
+    for _ in range(500):
+        for kind, wrong in scenes.negative_specs(scenes.sample_spec(random), random, "train").items():
+            assert len(wrong.groups) == 1 or scenes.combination_split(wrong) == "train"
+            seen.add(kind)
+    assert seen == {"missing", "replaced", "swapped", "count"}
+
+
 def test_captions_say_every_event_and_the_number():
     text = scenes.caption(spec(("ding", 3), ("cow", 1), relation="followed by"), rng(8)).lower()
     assert "three" in text and "moo" in text

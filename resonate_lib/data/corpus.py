@@ -17,8 +17,8 @@ LABEL_RATE = 25  # frames per second of the activity labels
 class Corpus:
     """Audio (n, T) int16 at `sample_rate` and one record a clip. Indexable by lists of positions."""
 
-    def __init__(self, audio: np.ndarray, records: list[dict], sample_rate: int):
-        self.audio, self.records, self.sample_rate = audio, records, sample_rate
+    def __init__(self, audio: np.ndarray, records: list[dict], sample_rate: int, world_seed: int = 0):
+        self.audio, self.records, self.sample_rate, self.world_seed = audio, records, sample_rate, world_seed
 
     def __len__(self):
         return len(self.records)
@@ -46,7 +46,7 @@ class Corpus:
                 if time.monotonic() - told > 5:
                     told = time.monotonic()
                     print(f"scenes of {split}: {len(records)}/{count}", flush=True)
-        return cls(audio, records, scenes.SAMPLE_RATE)
+        return cls(audio, records, scenes.SAMPLE_RATE, world_seed)
 
     def waveforms(self, positions) -> torch.Tensor:
         """(B, T) float32 in [-1, 1]."""
@@ -84,12 +84,14 @@ class Corpus:
         return labels
 
     def batch(self, generator: torch.Generator, size: int) -> dict:
-        """A random batch: audio (B, T), captions, negatives (list of {kind: caption}), activity (B, frames, classes), positions."""
+        """A random batch: audio (B, T), captions, negatives of the split (list of {kind: caption}), activity (B, frames,
+        classes), positions."""
         positions = torch.randint(len(self), (size,), generator=generator).tolist()
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         batch = {"positions": positions, "audio": self.waveforms(positions), "captions": self.paraphrases(positions, rng)}
         if "groups" in self.records[0]:
-            batch["negatives"] = [scenes.negatives(scenes.Spec.of(self.records[p]), rng) for p in positions]
+            specs = ((scenes.Spec.of(self.records[p]), self.records[p]["split"]) for p in positions)
+            batch["negatives"] = [scenes.negatives(spec, rng, split, self.world_seed) for spec, split in specs]
             batch["activity"] = self.activity(positions)
         return batch
 

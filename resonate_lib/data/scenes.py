@@ -168,41 +168,64 @@ def _sentence(text):
     return text[0].upper() + text[1:]
 
 
-def negatives(spec: Spec, rng: np.random.Generator) -> dict[str, str]:
+def negatives(spec: Spec, rng: np.random.Generator, split: str | None = None, world_seed: int = 0) -> dict[str, str]:
     """Captions that the scene of this spec does NOT fulfil, by what is wrong with them.
 
     missing: asks one event more than there is. replaced: one event is another. swapped: two neighbours in the wrong order
     (sequences only). count: another number (counted groups only). Every caption is as well-formed as a true one.
+    split: none with a combination of events that is held out for another split (a kind may be left out). Whoever learns from
+    true captions of training combinations and false ones of all would learn that held-out combinations are never true.
     """
-    return {kind: caption(wrong, rng) for kind, wrong in negative_specs(spec, rng).items()}
+    return {kind: caption(wrong, rng) for kind, wrong in negative_specs(spec, rng, split, world_seed).items()}
 
 
-def negative_specs(spec: Spec, rng: np.random.Generator) -> dict[str, Spec]:
-    groups = list(spec.groups)
-    absent = [name for name in CLASSES if name not in spec.names]
-    index = int(rng.integers(len(groups)))
-    replaced = groups.copy()
-    name, count = groups[index]
-    pool = [n for n in absent if count == 1 or n in COUNTABLE]
-    replaced[index] = (_choose(rng, pool), count)
-    wrong = {"replaced": Spec(tuple(replaced), spec.relation)}
-    if len(groups) < 3 and not (len(groups) == 2 and spec.relation == "while"):
-        extra = groups.copy()
-        extra.insert(int(rng.integers(len(groups) + 1)), (_choose(rng, absent), 1))
-        relation = "while" if len(groups) == 1 and groups[0][1] == 1 and rng.random() < 0.5 else "followed by"
-        wrong["missing"] = Spec(tuple(extra), relation)
-    if spec.relation == "followed by":
-        at = int(rng.integers(len(groups) - 1))
-        swapped = groups.copy()
-        swapped[at], swapped[at + 1] = swapped[at + 1], swapped[at]
-        wrong["swapped"] = Spec(tuple(swapped), spec.relation)
-    counted = [i for i, (_, n) in enumerate(groups) if n > 1]
-    if counted:
-        other = groups.copy()
-        name, count = groups[counted[0]]
-        other[counted[0]] = (name, 5 - count)
-        wrong["count"] = Spec(tuple(other), spec.relation)
+def negative_specs(spec: Spec, rng: np.random.Generator, split: str | None = None, world_seed: int = 0) -> dict[str, Spec]:
+    wrong = {}
+    for kind, change in (("replaced", _replace), ("missing", _add), ("swapped", _swap), ("count", _recount)):
+        for _ in range(20):
+            candidate = change(spec, rng)
+            if candidate is None or split is None or combination_split(candidate, world_seed) in (split, "train"):
+                break
+        else:
+            candidate = None
+        if candidate is not None:
+            wrong[kind] = candidate
     return wrong
+
+
+def _replace(spec, rng):
+    groups, index = list(spec.groups), int(rng.integers(len(spec.groups)))
+    count = groups[index][1]
+    pool = [name for name in CLASSES if name not in spec.names and (count == 1 or name in COUNTABLE)]
+    groups[index] = (_choose(rng, pool), count)
+    return Spec(tuple(groups), spec.relation)
+
+
+def _add(spec, rng):
+    groups = list(spec.groups)
+    if len(groups) == 3 or (len(groups) == 2 and spec.relation == "while"):
+        return None
+    absent = [name for name in CLASSES if name not in spec.names]
+    groups.insert(int(rng.integers(len(groups) + 1)), (_choose(rng, absent), 1))
+    both = len(groups) == 2 and spec.groups[0][1] == 1 and rng.random() < 0.5
+    return Spec(tuple(groups), "while" if both else "followed by")
+
+
+def _swap(spec, rng):
+    if spec.relation != "followed by":
+        return None
+    groups, at = list(spec.groups), int(rng.integers(len(spec.groups) - 1))
+    groups[at], groups[at + 1] = groups[at + 1], groups[at]
+    return Spec(tuple(groups), spec.relation)
+
+
+def _recount(spec, rng):
+    groups = list(spec.groups)
+    for index, (name, count) in enumerate(groups):
+        if count > 1:
+            groups[index] = (name, 5 - count)
+            return Spec(tuple(groups), spec.relation)
+    return None
 
 
 # --- sound ------------------------------------------------------------------------------------------------------------
