@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--all", action="store_true", help="08 and later too")
     run.add_argument("--seed", nargs="+", metavar="N", help="one or more: --seed 0 1 2")
     run.add_argument("-p", dest="parameters", action="append", nargs="+", default=[], metavar="NAME VALUE",
-                     help="a value of a parameters cell; repeatable; also name=value")  # fmt: skip
+                     help="a value of a parameters cell; repeatable; also name=value; 04.name for notebook 04 alone")  # fmt: skip
     run.add_argument(
         "--from", dest="from_version", metavar="VERSION", help="take models of earlier notebooks from there"
     )
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--weights", help="folder of a generator (default: the shipped base model)")
     results = commands.add_parser("results", help="list versions; two names: compare them")
     results.add_argument("versions", nargs="*", metavar="VERSION")
-    listen = commands.add_parser("listen", help="open a version's listen.html")
+    listen = commands.add_parser("listen", help="open a version's listen.html; with answers: how often who was preferred")
     listen.add_argument("version", nargs="?", default="latest")
     commands.add_parser("doctor", help="what this machine can run, and how to mend what it cannot")
     commands.add_parser("bench", help="times of the stages against scoring and sampling clip by clip")
@@ -182,7 +182,7 @@ def results_command(options: argparse.Namespace) -> int:
 
 
 def listen_command(options: argparse.Namespace) -> int:
-    """Print the page's path, and open it where there is a browser."""
+    """Print the page's path, open it where there is a browser, and print the preference rate of the answers there are."""
     from resonate_lib import versions
 
     folder = versions.find(options.version)
@@ -195,6 +195,13 @@ def listen_command(options: argparse.Namespace) -> int:
         import webbrowser
 
         webbrowser.open(page.as_uri())
+    folders = [place for place in (folder, *sorted(folder.glob("seed*"))) if any(place.glob("answers/*.jsonl"))]
+    if folders:
+        from resonate_lib import listen
+
+        answers = [answer for place in folders for answer in listen.load_answers(place / "answers")]
+        rates = listen.preference_rate(answers)
+        print(rates.round(3).to_string(index=False) if len(rates) else f"{len(answers)} answers, none about {listen.BASE}")
     return 0
 
 

@@ -21,9 +21,10 @@ from typing import Any
 import nbformat
 import yaml
 
-from resonate_lib import config, kernel, record, versions
+from resonate_lib import config, kernel, record, runs, versions
 from resonate_lib.config import CHECKOUT
 
+DATA = config.DataConfig.section
 DEFAULT_LAST = "07"  # 08 and later run with --all or --only
 RESERVED = {"profile": "--profile", "seed": "--seed", "run": "RESONATE_RESULTS"}
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
@@ -31,7 +32,8 @@ KINDS = {"int": int, "float": float, "str": str, "bool": bool}
 
 @dataclass(frozen=True)
 class Request:
-    """What to run. `overrides` maps parameter names to text or values; None in `only` means 00 to 07."""
+    """What to run. `overrides` maps parameter names to text or values: `steps` for every notebook that declares it,
+    `04.steps` for that one alone. None in `only` means 00 to 07."""
 
     profile: str = "tiny"
     seeds: tuple[int, ...] = (0,)
@@ -44,7 +46,10 @@ class Request:
 
 @dataclass
 class Plan:
-    """A checked request: the notebooks in order with the values each gets, and the record about to be written."""
+    """A checked request: the notebooks in order with the values each gets, and the record about to be written.
+
+    parameters: {notebook number: {name: value}}, and under `data` the values that every notebook resolves for itself.
+    """
 
     request: Request
     notebooks: dict[str, Path]
@@ -111,22 +116,16 @@ def inspect(path: Path) -> dict[str, str]:
 def check_parameters(
     overrides: dict[str, Any], declared: dict[str, dict[str, str]], profile: str, params_dir: Path
 ) -> dict[str, dict[str, Any]]:
-    """{notebook number: {name: value of the right type}}: each override for the notebooks that declare it.
+    """{notebook number: {name: value of the right type}}: each override for the notebooks it is meant for.
 
     A name is a field of one of the notebook's dataclasses, or `<section>_<field>` (`nft_steps`), and is checked by it
-    with the others given; else the annotation in the parameters cell decides. Raises ValueError: unknown name, bad
-    value.
+    with the others given; else the annotation in the parameters cell decides. A value of the data section also stands
+    under `data`. Raises ValueError: unknown name, bad value.
     """
-    known = sorted({name for names in declared.values() for name in names} - set(RESERVED))
-    for name in overrides:
-        if name in RESERVED:
-            raise ValueError(f"parameter {name!r} has an option of its own: use {RESERVED[name]}")
-        if name not in known:
-            raise ValueError(config.unknown("parameter", name, known) + " (in the notebooks selected)")
-    overrides = {name: _absolute(name, value) for name, value in overrides.items()}
+    given = _spread(overrides, declared)
     checked = {}
     for number, names in declared.items():
-        mine = {name: value for name, value in overrides.items() if name in names}
+        mine = {name: _absolute(name, value) for name, value in given[number].items()}
         places = {name: _place(number, name) for name in mine}
         for cls in {place[0] for place in places.values() if place}:
             group = {place[1]: mine[name] for name, place in places.items() if place and place[0] is cls}
@@ -135,7 +134,49 @@ def check_parameters(
         for name in [name for name, place in places.items() if not place]:
             mine[name] = _by_annotation(name, mine[name], names[name])
         checked[number] = mine
+    data = {name: _absolute(name, value) for name, value in given[DATA].items()}
+    if data:
+        values = config.plain(config.resolve(config.DataConfig, profile, params_dir=params_dir, **data))
+        checked[DATA] = {name: values[name] for name in data}
     return checked
+
+
+def _spread(overrides: dict[str, Any], declared: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
+    """{notebook number or `data`: {name: value as given}}; a dotted name goes before a bare one. Raises ValueError."""
+    places = {**declared, DATA: config.field_types(config.DataConfig)}
+    known = sorted({name for names in places.values() for name in names} - set(RESERVED))
+    given: dict[str, dict[str, Any]] = {place: {} for place in places}
+    for key in sorted(overrides, key=lambda key: "." in key):  # dotted names last: they overwrite
+        place, _, name = key.rpartition(".")
+        if name in RESERVED:
+            raise ValueError(f"parameter {key!r} has an option of its own: use {RESERVED[name]}")
+        if place and place not in places:
+            raise ValueError(f"{config.unknown('notebook', place, list(declared))} (in -p {key}, of the notebooks selected)")
+        if place and name not in places[place]:
+            own = sorted(set(places[place]) - set(RESERVED))
+            raise ValueError(config.unknown(f"parameter of {'the data' if place == DATA else f'notebook {place}'}", name, own))
+        if name not in known:
+            raise ValueError(config.unknown("parameter", name, known) + " (in the notebooks selected)")
+        for target in [place] if place else [target for target, names in places.items() if name in names]:
+            given[target][name] = overrides[key]
+    for number in declared:
+        for name, value in given[number].items():
+            found = _place(number, name)
+            if found and found[0] is config.DataConfig:
+                given[DATA][found[1]] = value
+    return given
+
+
+def _reach(overrides: dict[str, Any], parameters: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each bare name that reaches several notebooks."""
+    lines = []
+    for name, value in overrides.items():
+        numbers = [key for key, mine in parameters.items() if key != DATA and name in mine and f"{key}.{name}" not in overrides]
+        if name in parameters.get(DATA, {}):
+            lines.append(f"{name} = {value} in the data of every notebook")
+        elif len(numbers) > 1:
+            lines.append(f"{name} = {value} in {', '.join(numbers)} (one of them alone: -p {numbers[0]}.{name} {value})")
+    return lines
 
 
 def _place(number: str, name: str) -> tuple[type[config.Config], str] | None:
@@ -183,7 +224,10 @@ def _by_annotation(name: str, value: Any, annotation: str) -> Any:
 
 
 def make_plan(request: Request, *, folder: str | os.PathLike | None = None, results: Path) -> Plan:
-    """Check the whole request. Raises ValueError in one line; starts nothing and writes nothing."""
+    """Check the whole request. Raises ValueError in one line; starts nothing and writes nothing.
+
+    Says on standard error which parameters reach several notebooks.
+    """
     if not request.seeds or len(set(request.seeds)) < len(request.seeds) or min(request.seeds) < 0:
         raise ValueError(f"seeds {list(request.seeds)}: give different whole numbers from 0 up")
     notebooks_path = notebooks_dir(folder)
@@ -192,7 +236,10 @@ def make_plan(request: Request, *, folder: str | os.PathLike | None = None, resu
     notebooks = discover(notebooks_path, request.only, request.all_notebooks)
     declared = {number: inspect(path) for number, path in notebooks.items()}
     parameters = check_parameters(request.overrides, declared, request.profile, params_dir)
+    resolved[DATA].update(parameters.get(DATA, {}))
     from_path = versions.find(request.from_version, results) if request.from_version else None
+    for line in _reach(request.overrides, parameters):
+        print(line, file=sys.stderr)
     payload = {
         "profile": request.profile,
         "seeds": list(request.seeds),
@@ -223,7 +270,7 @@ def start(
     """Run a new version; returns its folder and its final record. Raises ValueError before anything is started."""
     root = versions.results_dir(results)
     plan = make_plan(request, folder=folder, results=root)
-    versions.require_space(root, plan.payload["config"]["suite"]["disk_mb"])
+    _require_space(plan, root, len(request.seeds))
     version = versions.allocate(request.profile, plan.payload, root)
     run = {
         "version": version.name,
@@ -240,7 +287,7 @@ def start(
         "machine": record.machine(),
         "config": plan.payload["config"],
         "notebooks": {key: {"status": "PENDING"} for key, *_ in plan.jobs()},
-        "inputs": {},
+        "inputs": _sources(plan),
         "artefacts": {},
         "resumed": [],
     }
@@ -255,7 +302,8 @@ def resume(
     """Go on with a version that is not DONE: finished notebooks stay, the others run, their training from its last
     save.
 
-    Raises ValueError when it is DONE, is running, or the configuration has changed since.
+    Raises ValueError when it is DONE, is running, or the configuration, the library, a notebook or the shipped weights
+    have changed since: what is done could not be told from what is not.
     """
     root = versions.results_dir(results)
     version = versions.find(name, root)
@@ -265,7 +313,7 @@ def resume(
     if run["status"] == "RUNNING":
         raise ValueError(f"{version.name} is running now (process {run['runner']['pid']}): wait for it or stop it")
     recorded = yaml.safe_load((version / "params.yaml").read_text(encoding="utf-8"))
-    overrides = {name: value for values in recorded["overrides"].values() for name, value in values.items()}
+    overrides = {f"{place}.{name}": value for place, mine in recorded["overrides"].items() for name, value in mine.items()}
     request = Request(
         profile=recorded["profile"],
         seeds=tuple(recorded["seeds"]),
@@ -280,32 +328,80 @@ def resume(
             f"{version.name}: the profile, the defaults or the notebooks have changed since it started, so it "
             "cannot end as it would have: start a new run"
         )
-    versions.require_space(root, plan.payload["config"]["suite"]["disk_mb"])
+    before, today = run["inputs"], _sources(plan)
+    changed = sorted(path for path in {**before, **today} if before.get(path) != today.get(path))
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ValueError(
+            f"{version.name}: {', '.join(changed[:3])}{more} changed since it started, so it cannot end as it would have: "
+            "start a new run"
+        )
+    _require_space(plan, root, len({seed for _, _, seed, _ in _waiting(plan, run)}))
     run.update(status="RUNNING", exit_reason="", runner=record.this_process())
     run["resumed"].append({"at": now(), "git": record.git_state(CHECKOUT)})
     record.write_json(version / "run.json", run)
     return version, _run(plan, version, run, every)
 
 
+def _require_space(plan: Plan, root: Path, seeds: int) -> None:
+    """Ask for `suite.disk_mb` a seed where results go, and where corpora go. Raises ValueError."""
+    megabytes = plan.payload["config"]["suite"]["disk_mb"] * seeds
+    versions.require_space(root, megabytes)
+    versions.require_space(runs.cache_dir(), megabytes, "RESONATE_CACHE")
+
+
+def _sources(plan: Plan) -> dict[str, str]:
+    return record.sources(CHECKOUT, [*plan.notebooks.values(), plan.params_dir / f"{plan.request.profile}.yaml"])
+
+
+def _waiting(plan: Plan, run: dict[str, Any]) -> list[tuple[str, str, int, str]]:
+    return [job for job in plan.jobs() if run["notebooks"].get(job[0], {}).get("status") != "DONE"]
+
+
+def _kernel_params(plan: Plan, version: Path) -> Path:
+    """The folder of the profile that kernels read: where values of the data section are given, a copy that holds them,
+    inside the version, since every notebook resolves that section for itself."""
+    if DATA not in plan.parameters:
+        return plan.params_dir
+    content = config.load_profile(plan.request.profile, plan.params_dir)
+    content[DATA] = {**content.get(DATA, {}), **plan.parameters[DATA]}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return record.atomic_write(version / "profile" / f"{plan.request.profile}.yaml", text).parent
+
+
+def _summarise(plan: Plan, version: Path) -> None:
+    """Means over the seeds at the version's top; the benchmark's headline and words from the rows of all seeds instead."""
+    versions.summarise(version)
+    if not any(version.glob("seed*/metrics/tta_rows.csv")):
+        return
+    from resonate_lib import plots  # torch is only loaded where it is needed
+    from resonate_lib.evaluation import suite
+
+    settings = {**plan.payload["config"]["eval"], **plan.parameters.get("06", {})}
+    table, said = suite.over_seeds(version, n=settings["bootstrap"])
+    runs.write_table(version / "metrics", "tta_headline", table)
+    runs.write_table(version / "metrics", "tta_words", {"words": said})
+    title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds"
+    plots.save(plots.gains(table, title=title), version / "figures" / "tta_gains.png")
+
+
 def _run(plan: Plan, version: Path, run: dict[str, Any], every: float) -> dict[str, Any]:
     """Execute what is not DONE, and close the record. A full disk or Ctrl-C ends the run with its reason."""
     begun, before = time.monotonic(), run["seconds"]
     record.atomic_write(version / ".reserve", b"\0" * 2**18)  # given back at the end: a full disk can still be recorded
-    status, reason = "DONE", ""
-    run["inputs"] = record.sources(
-        CHECKOUT, [*plan.notebooks.values(), plan.params_dir / f"{plan.request.profile}.yaml"]
-    )
+    status, reason, summing = "DONE", "", False
     try:
         with _terminable(), kernel.Watch(every=every) as watch:
             status, reason = _jobs(plan, version, run, watch)
             if status == "DONE" and len(plan.request.seeds) > 1:
-                versions.summarise(version)
+                summing = True
+                _summarise(plan, version)
     except KeyboardInterrupt:
         status, reason = "INTERRUPTED", "interrupted between notebooks"
     except OSError as error:
         status, reason = "FAILED", record.explain(error, version)
     except ValueError as error:
-        status, reason = "FAILED", f"summary over the seeds: {error}"
+        status, reason = "FAILED", f"summary over the seeds: {error}" if summing else str(error)
     with _undisturbed():
         run.update(status=status, exit_reason=reason, ended=now(), seconds=round(before + time.monotonic() - begun, 1))
         with contextlib.suppress(OSError):
@@ -324,7 +420,7 @@ def _close(version: Path, run: dict[str, Any]) -> None:
 
 def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -> tuple[str, str]:
     expected = _expected(plan, version)
-    waiting = [job for job in plan.jobs() if run["notebooks"].get(job[0], {}).get("status") != "DONE"]
+    waiting, params_dir = _waiting(plan, run), _kernel_params(plan, version)
     for place, (key, number, seed, inner) in enumerate(waiting):
         path, folder = plan.notebooks[number], version / inner if inner else version
         folder.mkdir(exist_ok=True)
@@ -337,7 +433,7 @@ def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -
             expected[number],
             sum(expected[job[1]] for job in waiting[place + 1 :]),
         )
-        outcome = _one(plan, number, seed, folder, watch)
+        outcome = _one(plan, number, seed, folder, params_dir, watch)
         notes = folder / "notes" / f"{path.stem}.json"
         run["notebooks"][key] = {
             "status": outcome.status,
@@ -354,14 +450,14 @@ def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -
     return "DONE", ""
 
 
-def _one(plan: Plan, number: str, seed: int, folder: Path, watch: kernel.Watch) -> kernel.Outcome:
+def _one(plan: Plan, number: str, seed: int, folder: Path, params_dir: Path, watch: kernel.Watch) -> kernel.Outcome:
     path = plan.notebooks[number]
     given = {"profile": plan.request.profile, "seed": seed, **plan.parameters[number]}
     values = {name: value for name, value in given.items() if name in plan.declared[number]}
     variables = kernel.environment(
         folder,
         path.stem,
-        params_dir=plan.params_dir,
+        params_dir=params_dir,
         from_version=plan.from_path,
         from_scratch=plan.request.from_scratch,
         offline=plan.payload["config"]["suite"]["world"] == "embedded",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resonate_lib import flow
 from resonate_lib.models.flux_audio import Condition, FluxAudio
-from resonate_lib.online import collect, draw_seed, frozen_copy, make_optimizer, optimizer_step
+from resonate_lib.online import SAVE_EVERY, collect, draw_seed, frozen_copy, make_optimizer, optimizer_step
 from resonate_lib.training import autocast, fit
 
 PROMPTS_PER_BATCH = 32  # of pair making; bounds memory and does not change the pairs' seeds
@@ -188,4 +188,5 @@ def train(
         return metrics
 
     modules = {"network": network, "optimizer": optimizer}
-    return fit(step, steps=config.steps, modules=modules, label="DPO", seed=seed, checkpoint=checkpoint)
+    return fit(step, steps=config.steps, modules=modules, label="DPO", seed=seed, checkpoint=checkpoint,
+               save_every=SAVE_EVERY)

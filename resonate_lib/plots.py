@@ -107,7 +107,7 @@ def spectrogram_row(clips: Mapping[str, object], sample_rate: int, *, title: str
     for ax, (label, clip) in zip(axes[0], clips.items(), strict=True):
         spectrogram(clip, sample_rate, ax, top_db=top, title=_wrap(label, 24), colorbar=ax is axes[0, -1])
         ax.label_outer()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_wrap(title, 120), fontsize=10)
     return figure
 
 

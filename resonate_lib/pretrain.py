@@ -49,7 +49,7 @@ def channel_weight(generator: Generator) -> torch.Tensor:
 def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, batch_size: int = 64,
           learning_rate: float = 1e-3, caption_dropout: float = 0.1, time_mean: float = 0.0,
           warmup: int = 100, weight_decay: float = 1e-6,
-          precision: str = "auto", seed: int = 0, checkpoint=None, decay: bool = True, seconds: float | None = None,
+          precision: str = "auto", seed: int = 0, checkpoint=None, decay: bool = True,
           label: str = "base") -> list[dict]:
     """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
 
@@ -77,7 +77,7 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
         schedule.step()
         return {"loss": loss.item(), "grad_norm": norm.item()}
 
-    history = training.fit(step, steps=steps, label=label, seed=seed, checkpoint=checkpoint, save_every=500, seconds=seconds,
+    history = training.fit(step, steps=steps, label=label, seed=seed, checkpoint=checkpoint, save_every=500,
                            modules={"network": network, "optimizer": optimizer, "schedule": schedule})
     network.eval()
     return history

@@ -62,9 +62,12 @@ MADE_BY = {
 
 def cache_dir() -> Path:
     """The one place for corpora, features and downloads: RESONATE_CACHE, else `.cache/` in the checkout (made if
-    absent)."""
+    absent). Raises ValueError where it cannot be made."""
     path = Path(os.environ.get("RESONATE_CACHE") or CHECKOUT / ".cache").resolve()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(record.explain(error, path).replace("RESONATE_RESULTS", "RESONATE_CACHE")) from None
     return path
 
 
@@ -123,8 +126,8 @@ class Run:
         """The file or folder `<kind>/<name>` of an earlier stage, and a note of where it came from and its sha256.
 
         Looked for in this run, then in `--from VERSION` (its seed's folder, else its top), then (checkpoints only, not
-        with --from-scratch) among the shipped weights of the profile. Raises ValueError when it is nowhere; None if
-        `optional`.
+        with --from-scratch) among the shipped weights of the profile. A shipped base model of another seed is said and
+        noted (`base_seed`). Raises ValueError when it is nowhere; None if `optional`.
         """
         places = [("this run", self.path / kind / name)]
         if self.from_version is not None:
@@ -136,6 +139,8 @@ class Run:
         for source, path in places:
             if path.exists():
                 self.record("inputs", {name: {"source": source, "sha256": record.sha256_tree(path)}})
+                if name == "base" and source == "shipped":
+                    self._say_base_seed(path)
                 return path
         if optional:
             return None
@@ -145,6 +150,14 @@ class Run:
         )
         looked = ", ".join(dict.fromkeys(source for source, _ in places))
         raise ValueError(f"no {name!r} in {looked}: {first}, or give --from VERSION")
+
+    def _say_base_seed(self, folder: Path) -> None:
+        """Say and note that the shipped base model is of another seed; not in notebook 02, which trains the seed's own."""
+        facts = folder / "generator.json"
+        seed = json.loads(facts.read_text(encoding="utf-8")).get("seed") if facts.is_file() else None
+        if seed not in (None, self.seed) and not self.notebook.startswith(MADE_BY["base"]):
+            print(f"note: the shipped base model is that of seed {seed}; run notebook 02 with this seed for one of its own")
+            self.record("base_seed", seed)
 
     def reward_sources(self, spec: str) -> dict[str, Path]:
         """{"clap": folder, "lalm": folder} of those that a reward line names: what `rewards.load_reward` takes beside it."""

@@ -6,7 +6,10 @@ repeats an uninterrupted one. Precision lives here too: bf16 compute over float3
 
 import contextlib
 import os
+import shutil
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,12 +35,11 @@ def autocast(precision: str = "auto", device: str = "cpu"):
 
 
 def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoint=None, save_every: int = 100,
-        every_seconds: float = 5.0, seconds: float | None = None) -> list[dict]:
+        every_seconds: float = 5.0) -> list[dict]:
     """Call step(i, generator) -> dict of numbers for i in 0..steps-1; returns the list of those dicts, each with its "step".
 
     modules: {name: object with state_dict and load_state_dict}, everything that changes (network, optimiser, old policy).
     checkpoint: file of the state, written atomically every `save_every` steps and read back if it is there.
-    seconds: stop after this much wall time instead (for baselines that get "the same time"); None means all steps.
     """
     history, start = _restore(checkpoint, modules)
     began = told = time.monotonic()
@@ -52,8 +54,6 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
             left = (now - began) / (done - start) * (steps - done)
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(history[-1].items())[1:6])
             print(f"{label}: step {done}/{steps}  {numbers}  {_clock(left)} left", flush=True)
-        if seconds is not None and now - began > seconds:
-            break
     return history
 
 
@@ -72,6 +72,22 @@ def save_state(path, modules, history, done):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(directory: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `directory` that takes its name when the block ends well, and vanishes otherwise."""
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if directory.exists():
+            shutil.rmtree(directory)
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _restore(path, modules):

@@ -20,6 +20,8 @@ from resonate_lib.config import CHECKOUT, unknown
 
 NAME = re.compile(r"(\d{4,})-(.+)-([0-9a-f]{8})$")
 OPEN = ("RUNNING", "FAILED", "INTERRUPTED")  # what --resume may continue
+NO_MEAN = re.compile(r"(.+_)?(low|high)|seeds")  # ends of an interval, of which a mean is no interval; counts of seeds
+IDENTIFIERS = ("seed", "noise_seed", "guidance")  # stay where all seeds agree
 UNHASHED = ("run.json", "answers", ".state", ".reserve")  # the record itself, listeners' answers, working files
 
 
@@ -28,18 +30,21 @@ def results_dir(results: str | os.PathLike | None = None) -> Path:
     return Path(results or os.environ.get("RESONATE_RESULTS") or CHECKOUT / "results").resolve()
 
 
-def require_space(folder: Path, megabytes: int) -> None:
-    """Make `folder` and write into it once. Raises OSError-free ValueError when it is not writable or nearly full."""
+def require_space(folder: Path, megabytes: int, variable: str = "RESONATE_RESULTS") -> None:
+    """Make `folder` and write into it once. Raises OSError-free ValueError when it is not writable or nearly full.
+
+    variable: the environment variable that names another folder, for the error.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         record.atomic_write(folder / ".probe", b"\0" * 65536).unlink()
         free = shutil.disk_usage(folder).free // 2**20
     except OSError as error:
-        raise ValueError(record.explain(error, folder)) from None
+        raise ValueError(record.explain(error, folder).replace("RESONATE_RESULTS", variable)) from None
     if free < megabytes:
         raise ValueError(
             f"{folder} has {free} MB free and this profile needs {megabytes} MB: free some space, "
-            "or set RESONATE_RESULTS to another folder"
+            f"or set {variable} to another folder"
         )
 
 
@@ -162,20 +167,25 @@ def summarise(version: Path) -> list[str]:
     """Gather `seed*/metrics/*.csv` into `metrics/` at the version's top; returns the names written.
 
     Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n -
-    1), and a column `seeds` counts them. Others are put one under another with a first column `seed`.
+    1), and a column `seeds` counts them; ends of intervals (`low`, `high`, `*_low`, `*_high`) are left out, and so is
+    an identifier that differs. Other tables are put one under another with a first column `seed`. Tables of single
+    clips (a column `id`) stay with their seeds.
     """
     from resonate_lib.runs import write_table
 
     folders = sorted(version.glob("seed*"), key=lambda path: int(path.name[4:]))
-    names = sorted({path.name for folder in folders for path in (folder / "metrics").glob("*.csv")})
-    for name in names:
+    written = []
+    for name in sorted({path.name for folder in folders for path in (folder / "metrics").glob("*.csv")}):
         tables = {
             int(folder.name[4:]): pd.read_csv(folder / "metrics" / name)
             for folder in folders
             if (folder / "metrics" / name).is_file()
         }
-        write_table(version / "metrics", name.removesuffix(".csv"), _over_seeds(tables))
-    return [name.removesuffix(".csv") for name in names]
+        if any("id" in data.columns for data in tables.values()):
+            continue
+        written.append(name.removesuffix(".csv"))
+        write_table(version / "metrics", written[-1], _over_seeds(tables))
+    return written
 
 
 def verify(version: str | os.PathLike, results: str | os.PathLike | None = None) -> pd.DataFrame:
@@ -243,10 +253,16 @@ def _over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
     every = list(tables.values())
     if not all(_same_rows(every[0], other) for other in every[1:]):
         return pd.concat(
-            [data.assign(seed=seed)[["seed", *data.columns]] for seed, data in tables.items()], ignore_index=True
+            [data.assign(seed=seed)[["seed", *data.columns.drop("seed", errors="ignore")]] for seed, data in tables.items()],
+            ignore_index=True,
         )
-    out, numeric = every[0].copy(), _numeric(every[0])
-    for name in numeric:
+    agreed = {name for name in IDENTIFIERS if name in every[0] and all(data[name].equals(every[0][name]) for data in every)}
+    out = every[0].drop(
+        columns=[name for name in every[0] if NO_MEAN.fullmatch(name) or (name in IDENTIFIERS and name not in agreed)]
+    )
+    for name in _numeric(out):
+        if name in agreed:
+            continue
         column = pd.concat([data[name] for data in every], axis=1)
         out[name] = column.mean(axis=1)
         out.insert(out.columns.get_loc(name) + 1, f"{name}_std", column.std(axis=1, ddof=1))

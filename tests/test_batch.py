@@ -101,6 +101,12 @@ def test_same_seed_twice_gives_the_same_metrics_and_seeds_are_summed_up(folder):
         (["-p", "group_size", "1"], "a group of one has no advantage"),
         (["-p", "run", "x"], "use RESONATE_RESULTS"),
         (["-p", "steps"], "write -p name value"),
+        (["-p", "04.stepz", "3"], "unknown parameter of notebook 04 'stepz'; did you mean 'steps'"),
+        (["-p", "09.steps", "3"], "unknown notebook '09'; did you mean '04'"),
+        (["-p", "04.steps", "1.5"], "steps='1.5': not a whole number"),
+        (["-p", "04.seed", "3"], "use --seed"),
+        (["-p", "world_seed", "x"], "world_seed='x': not a whole number"),
+        (["-p", "data.world_sed", "1"], "unknown parameter of the data 'world_sed'; did you mean 'world_seed'"),
         (["-p", "steps=1", "-p", "steps=2"], "given 2 times"),
         (["-p", "reward", "mine.py:score"], "no such file"),
         (["-p", "profile", "tinny"], "unknown profile 'tinny'; did you mean 'tiny'"),
@@ -118,6 +124,55 @@ def test_bad_requests_start_nothing(folder, capsys, arguments, words):
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
     assert not (folder.parent / "results").exists()
+
+
+def test_a_dotted_parameter_is_for_one_notebook_alone(folder, capsys):
+    for name in ("03_a", "04_b", "05_c"):
+        write_notebook(folder, f"{name}.ipynb", "1")
+    plan = batch.make_plan(Request(overrides={"05.steps": "7", "steps": "40"}), results=folder.parent)
+    assert plan.parameters == {"03": {"steps": 40}, "04": {"steps": 40}, "05": {"steps": 7}}
+    assert capsys.readouterr().err == "steps = 40 in 03, 04 (one of them alone: -p 03.steps 40)\n"
+    plan = batch.make_plan(Request(overrides=cli.parameters([["04.steps=3"]])), results=folder.parent)
+    assert plan.parameters == {"03": {}, "04": {"steps": 3}, "05": {}} and capsys.readouterr().err == ""
+
+
+def test_data_values_reach_every_notebook_and_survive_resume(folder, capsys):
+    """Notebook 04 does not declare world_seed: it resolves the data section, as 02 to 07 do."""
+    (folder / "params" / "tiny.yaml").write_text("suite: {disk_mb: 1}\ndata: {train_clips: 50}\nminutes: {'04': 1}\n")
+    show = "from resonate_lib.config import DataConfig, resolve\nrun.show(resolve(DataConfig, profile))"
+    write_notebook(folder, "01_a.ipynb", OPEN, show, parameters=PARAMETERS + "world_seed: int = None\n")
+    fails_once = "state = run.state('x')\nif not state.exists(): state.write_text(''); raise RuntimeError('first time')"
+    write_notebook(folder, "04_b.ipynb", OPEN, fails_once, show)
+    plain = batch.make_plan(Request(), results=folder.parent)
+    assert cli.main(["run", "-p", "world_seed", "3", "-p", "test_clips", "20", "-p", "04.steps", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "world_seed = 3 in the data of every notebook" in captured.err
+    version = Path(captured.out.splitlines()[-1])
+    assert not version.name.endswith(batch.record.hash8(plain.payload))
+    assert cli.main(["run", "--resume", version.name]) == 0
+    run, wanted = record_of(folder), {"world_seed": 3, "test_clips": 20}
+    for key in ("01_a", "04_b"):
+        seen = run["notebooks"][key]["notes"]["config"]["data"]
+        assert seen["train_clips"] == 50 and {name: seen[name] for name in wanted} == wanted
+    recorded = batch.yaml.safe_load((version / "params.yaml").read_text())
+    assert recorded["overrides"] == {"01": {"world_seed": 3}, "04": {"steps": 2}, "data": wanted}
+    assert recorded["config"]["data"]["world_seed"] == 3 and "profile/tiny.yaml" in run["artefacts"]
+
+
+def test_space_is_asked_for_every_seed_and_where_corpora_go(folder, monkeypatch, capsys):
+    write_notebook(folder, "04_a.ipynb", "1")
+    monkeypatch.setattr(versions.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2 * 2**20}))
+    assert cli.main(["run", "--seed", "0", "1", "2"]) == 2
+    assert "has 2 MB free and this profile needs 3 MB" in capsys.readouterr().err
+    cached = {"cache": 0, "results": 2**40}
+    monkeypatch.setattr(versions.shutil, "disk_usage", lambda path: type("Usage", (), {"free": cached[path.name]}))
+    assert cli.main(["run"]) == 2
+    err = capsys.readouterr().err
+    assert "cache has 0 MB free" in err and "set RESONATE_CACHE" in err
+    monkeypatch.setenv("RESONATE_CACHE", str(folder / "params" / "tiny.yaml" / "cache"))
+    assert cli.main(["run"]) == 2
+    err = capsys.readouterr().err
+    assert "a file stands where a folder should be" in err and "set RESONATE_CACHE" in err and err.count("\n") == 1
 
 
 def test_a_damaged_notebook_is_one_line(folder, capsys):
@@ -195,6 +250,54 @@ def test_resume_refuses_a_changed_configuration(folder, capsys):
     (folder / "params" / "tiny.yaml").write_text("suite: {disk_mb: 1}\ngrpo: {steps: 6}\n")
     assert cli.main(["run", "--resume", version.name]) == 2
     assert "have changed since it started" in capsys.readouterr().err
+
+
+def test_resume_refuses_changed_sources(folder, capsys):
+    write_notebook(folder, "03_a.ipynb", "1")
+    write_notebook(folder, "04_b.ipynb", "1 / 0")
+    version, before = batch.start(Request())
+    capsys.readouterr()
+    write_notebook(folder, "04_b.ipynb", "1")
+    assert cli.main(["run", "--resume", version.name]) == 2
+    err = capsys.readouterr().err
+    assert "04_b.ipynb changed since it started" in err and "start a new run" in err and err.count("\n") == 1
+    assert json.loads((version / "run.json").read_text()) == before  # the record still names what ran
+
+
+def test_the_benchmark_over_seeds_pools_their_rows(folder):
+    """exact is 1 in half of the prompts for the system and in none for the base, in both seeds."""
+    rows = """rows = [
+        {"setting": "guidance 1", "system": system, "guidance": 1.0 + seed, "seed": seed, "sample": 0, "noise_seed": i,
+         "id": f"p{i}", "exact": float(system != "base" and i % 2), "tp": 1, "fp": 0, "fn": 1, "order": 1.0,
+         "reward": 0.5, "aqa": 0.5, "clap": 0.5}
+        for system in ("base", "best of 2", "DPO") for i in range(20)]
+    run.write_metrics("tta_rows", rows)
+    run.write_metrics("tta_headline", [{"system": "DPO", "exact": 0.5, "exact_low": 0.1, "exact_high": 0.9}])"""
+    write_notebook(folder, "06_a.ipynb", OPEN, "\n".join(line.removeprefix("    ") for line in rows.splitlines()))
+    version, run = batch.start(Request(seeds=(0, 1), overrides={}))
+    assert run["status"] == "DONE", run["exit_reason"]
+    assert sorted(path.name for path in (version / "metrics").glob("*.csv")) == ["tta_headline.csv", "tta_words.csv"]
+    line = versions.pd.read_csv(version / "metrics" / "tta_headline.csv").set_index("system").loc["DPO"]
+    assert line["seeds"] == 2 and line["clips"] == 40 and line["exact_gain"] == 0.5
+    assert 0.2 < line["exact_gain_low"] < 0.45 and 0.55 < line["exact_gain_high"] < 0.8
+    words = json.loads((version / "metrics" / "tta_words.json").read_text())["words"]
+    assert "20 prompts, 2 seeds" in words and "Of the alternatives, best of 2 beats base" in words
+    assert (version / "figures" / "tta_gains.png").stat().st_size > 1000 and "figures/tta_gains.png" in run["artefacts"]
+
+
+def test_listen_prints_the_preference_rate(folder, capsys):
+    write_notebook(folder, "07_a.ipynb", OPEN, "(run.path / 'listen.html').write_text('page')")
+    version, _ = batch.start(Request(seeds=(0, 1)))
+    assert cli.main(["listen", "1"]) == 0
+    assert capsys.readouterr().out == f"{version}/seed0/listen.html\n"
+    for seed, preferred in ((0, "DPO"), (1, "base")):
+        (version / f"seed{seed}" / "answers").mkdir()
+        answer = {"trial": 0, "a": "base", "b": "DPO", "preferred": preferred, "listener": "x"}
+        (version / f"seed{seed}" / "answers" / "x.jsonl").write_text(json.dumps(answer) + "\n")
+    assert cli.main(["listen", "1"]) == 0
+    heads, values = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert heads == ["system", "wins", "losses", "ties", "listeners", "rate", "low", "high"]
+    assert values[:6] == ["DPO", "1", "1", "0", "1", "0.5"]
 
 
 def test_the_kernel_sees_from_and_from_scratch(folder):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from resonate_lib import record, runs, versions
+from resonate_lib import doctor, record, runs, versions
 from resonate_lib.config import GRPOConfig, resolve
 
 
@@ -172,6 +172,23 @@ def test_from_scratch_uses_nothing_shipped(run, tmp_path, monkeypatch):
         runs.open_run(profile="tiny").resolve_input("base")
 
 
+def test_a_shipped_base_of_another_seed_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "shipped_weights", lambda profile: tmp_path / "shipped")
+    monkeypatch.setenv("RESONATE_RESULTS", str(tmp_path))
+    record.write_json(tmp_path / "shipped" / "base" / "generator.json", {"seed": 0})
+    for seed, notebook, said in ((0, "03_a", False), (1, "03_a", True), (1, "02_a", False)):
+        monkeypatch.setenv("RESONATE_NOTEBOOK", notebook)
+        opened = runs.open_run(seed=seed)
+        opened.resolve_input("base")
+        notes = json.loads((opened.path / "notes" / f"{notebook}.json").read_text())
+        assert ("note: the shipped base model is that of seed 0; run notebook 02" in capsys.readouterr().out) == said
+        assert notes.get("base_seed") == (0 if said else None)
+
+
+def test_doctor_knows_every_shipped_model():
+    assert {path.name for path in (runs.CHECKOUT / "resonate_lib" / "weights" / "tiny").iterdir()} == set(doctor.WEIGHTS)
+
+
 def test_show_prints_and_notes_the_resolved_values(run, capsys):
     shown = run.show(resolve(GRPOConfig, "tiny", steps=3))
     assert shown.steps == 3
@@ -191,6 +208,21 @@ def test_summary_over_seeds(tmp_path):
     assert list(table.columns) == ["model", "f1", "f1_std", "seeds"]
     assert list(table["f1"]) == [2.0, 3.0] and table["f1_std"][0] == pytest.approx(np.std([1, 3], ddof=1), rel=1e-5)
     assert list(pd.read_csv(tmp_path / "metrics" / "curve.csv")["seed"]) == [0, 1, 1]
+
+
+def test_summary_over_seeds_averages_neither_intervals_nor_identifiers_nor_clips(tmp_path):
+    for seed, value in ((0, 1.0), (1, 3.0)):
+        folder = tmp_path / f"seed{seed}" / "metrics"
+        shared = {"system": "base", "f1": value, "f1_low": value - 1, "f1_high": value + 1, "low": 0.0, "seeds": 1, "seed": seed}
+        runs.write_table(folder, "same", [{"guidance": 2.0, **shared}])
+        runs.write_table(folder, "own", [{"guidance": 2.0 + seed, **shared}])
+        runs.write_table(folder, "uneven", [{"seed": seed, "x": value}] * (seed + 1))
+        runs.write_table(folder, "tta_rows", [{"id": "p0", "noise_seed": seed, "exact": value}])
+    assert versions.summarise(tmp_path) == ["own", "same", "uneven"]
+    tables = {name: pd.read_csv(tmp_path / "metrics" / f"{name}.csv") for name in ("own", "same", "uneven")}
+    assert list(tables["own"].columns) == ["system", "f1", "f1_std", "seeds"] and tables["own"]["seeds"][0] == 2
+    assert list(tables["same"].columns) == ["guidance", *tables["own"].columns] and tables["same"]["guidance"][0] == 2
+    assert list(tables["uneven"].columns) == ["seed", "x"] and list(tables["uneven"]["seed"]) == [0, 1, 1]
 
 
 def test_compare(tmp_path):

@@ -39,7 +39,7 @@ class FakeGenerator:
         draws = [torch.rand(1, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.cat(draws) + self.network
 
-    def decode(self, latents, *, iterations):
+    def decode(self, latents, *, iterations, limit=True):
         return 0.4 * latents[:, None] * torch.sin(torch.arange(RATE // 2) * 0.3)
 
 

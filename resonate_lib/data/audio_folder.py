@@ -15,6 +15,15 @@ from resonate_lib import audio
 SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
 
 
+def split_of(record: dict) -> str:
+    """train, validation or test: the record's own `split`, else by a hash of the file's name (90, 5 and 5 %), so that several
+    captions of one recording, and later additions to the folder, never move a recording from one to another."""
+    if record.get("split"):
+        return record["split"]
+    place = int(hashlib.sha256(Path(record["audio_path"]).name.encode()).hexdigest(), 16) % 20
+    return {0: "test", 1: "validation"}.get(place, "train")
+
+
 def load_manifest(path, audio_directory=None) -> list[dict]:
     """Records of a caption file, each with an absolute `audio_path`, a `caption` and `captions`, other columns kept.
 

@@ -24,14 +24,19 @@ class Corpus:
         return len(self.records)
 
     @classmethod
-    def from_manifest(cls, path, *, sample_rate=scenes.SAMPLE_RATE, seconds=scenes.SECONDS) -> "Corpus":
-        """Everything a caption file lists, read once; recordings are cut or zero-padded to `seconds`."""
+    def from_manifest(cls, path, *, sample_rate=scenes.SAMPLE_RATE, seconds=scenes.SECONDS, split: str | None = None,
+                      world_seed: int = 0) -> "Corpus":
+        """What a caption file lists, read once; recordings are cut or zero-padded to `seconds`. split: only its recordings."""
         records = audio_folder.load_manifest(path)
+        if split is not None:
+            records = [record for record in records if audio_folder.split_of(record) == split]
+            if not records:
+                raise ValueError(f"{path} has no recordings of the split {split!r}: add some, or a column `split`")
         audio = np.empty((len(records), round(sample_rate * seconds)), dtype=np.int16)
         for start in range(0, len(records), 256):
             batch = audio_folder.load_audio(records[start : start + 256], sample_rate=sample_rate, seconds=seconds)
-            audio[start : start + 256] = _to_int16(batch.numpy())
-        return cls(audio, records, sample_rate)
+            audio[start : start + 256] = to_int16(batch.numpy())
+        return cls(audio, records, sample_rate, world_seed)
 
     @classmethod
     def from_scenes(cls, count: int, *, split="train", seed=0, world_seed=0, combinations=None, workers=None) -> "Corpus":
@@ -102,19 +107,20 @@ def corpus_manifest(config, split: str, *, seed: int, cache) -> Path:
     if config.folder:
         return Path(config.folder) / config.captions
     count = getattr(config, f"{split}_clips")
-    folder = Path(cache) / "corpora" / f"{split}-{count}-seed{seed}-world{config.world_seed}"
+    folder = Path(cache) / "corpora" / f"{split}-{count}-seed{seed}-world{config.world_seed}-{scenes.WORLD}"
     return scenes.make_corpus(folder, split=split, count=count, seed=seed, world_seed=config.world_seed)
 
 
 def open_corpus(config, split: str, *, seed: int, cache) -> Corpus:
-    """The corpus of a `DataConfig`, read into memory from its `corpus_manifest`."""
-    return Corpus.from_manifest(corpus_manifest(config, split, seed=seed, cache=cache))
+    """The corpus of a `DataConfig`, read into memory from its `corpus_manifest`; of recordings in a folder, those of the split."""
+    manifest = corpus_manifest(config, split, seed=seed, cache=cache)
+    return Corpus.from_manifest(manifest, split=split if config.folder else None, world_seed=config.world_seed)
 
 
-def _to_int16(audio):
+def to_int16(audio):
     return np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16)
 
 
 def _scene16(index, **options):
     audio, record = scenes.make_scene(index, **options)
-    return _to_int16(audio), record
+    return to_int16(audio), record

@@ -64,7 +64,7 @@ def embedded_bench(part: str = "accuracy", *, split: str = "test", count: int = 
     """
     if part not in EMBEDDED_PARTS:
         raise ValueError(f"unknown part {part!r} of the embedded benchmark: use one of {', '.join(EMBEDDED_PARTS)}")
-    rng = np.random.default_rng([world_seed, scenes.SPLITS.index(split), seed, 77])
+    rng = np.random.default_rng([world_seed, scenes.SPLITS.index(split), seed, 77, EMBEDDED_PARTS.index(part)])
     records = []
     for index in range(count):
         spec = scenes.sample_spec(rng, split, scenes.KINDS[index % len(scenes.KINDS)], world_seed)

@@ -25,6 +25,8 @@ SAMPLE_RATE = ev.SAMPLE_RATE
 SECONDS = 4.0
 SIZE = int(SAMPLE_RATE * SECONDS)
 SPLITS = ("train", "validation", "test")
+# What a corpus sounds like is decided in these two files, so their content is part of its name in the cache.
+WORLD = hashlib.sha256(b"".join(Path(module).read_bytes() for module in (ev.__file__, __file__))).hexdigest()[:8]
 KINDS = ("single", "while", "followed by", "three", "count")
 KIND_SHARES = (0.24, 0.20, 0.26, 0.12, 0.18)
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three"}
@@ -172,7 +174,7 @@ def negatives(spec: Spec, rng: np.random.Generator, split: str | None = None, wo
     """Captions that the scene of this spec does NOT fulfil, by what is wrong with them.
 
     missing: asks one event more than there is. replaced: one event is another. swapped: two neighbours in the wrong order
-    (sequences only). count: another number (counted groups only). Every caption is as well-formed as a true one.
+    (sequences only). count: another number of an event that can be counted ("a dog barks" asks one). Every caption is as well-formed as a true one.
     split: none with a combination of events that is held out for another split (a kind may be left out). Whoever learns from
     true captions of training combinations and false ones of all would learn that held-out combinations are never true.
     """
@@ -220,12 +222,17 @@ def _swap(spec, rng):
 
 
 def _recount(spec, rng):
+    """Another count, from one to three; of uncounted events only now and then, or a number in a caption would mean "no"."""
     groups = list(spec.groups)
-    for index, (name, count) in enumerate(groups):
-        if count > 1:
-            groups[index] = (name, 5 - count)
-            return Spec(tuple(groups), spec.relation)
-    return None
+    counted = [i for i, (_, count) in enumerate(groups) if count > 1]
+    if not counted and len(groups) < 3 and spec.relation != "while" and rng.random() < 0.35:
+        counted = [i for i, (name, _) in enumerate(groups) if name in COUNTABLE]
+    if not counted:
+        return None
+    index = _choose(rng, counted)
+    name, count = groups[index]
+    groups[index] = (name, _choose(rng, [number for number in NUMBER_WORDS if number != count]))
+    return Spec(tuple(groups), spec.relation)
 
 
 # --- sound ------------------------------------------------------------------------------------------------------------
@@ -347,9 +354,9 @@ def make_corpus(directory, *, split: str, count: int, seed: int = 0, world_seed:
                     told = time.monotonic()
                     print(f"scenes of {split}: {len(lines)}/{count}", flush=True)
         (partial_folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        partial_folder.replace(directory)
-    except BaseException:
+        if not manifest.is_file():  # else another run has just finished the same corpus, and may be reading it
+            shutil.rmtree(directory, ignore_errors=True)
+            partial_folder.replace(directory)
+    finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
-        raise
     return manifest

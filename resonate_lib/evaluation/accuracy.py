@@ -88,14 +88,16 @@ def _same(a: scenes.Spec, b: scenes.Spec) -> bool:
 
 
 def recall_table(rewards, corpus, draws: int, *, seed: int = 0) -> pd.DataFrame:
-    """Recall@1 of each CLAP (name -> ClapReward): reward, draws, candidates, hard, recall_at_1, low, high (Wilson), chance."""
-    from resonate_lib.rewards.clap import recall_at_1
+    """Recall@1 of each CLAP (name -> ClapReward): reward, draws, candidates, hard, recall_at_1, low, high, chance.
+
+    The interval resamples clips: draws of one clip belong together."""
+    from resonate_lib.rewards.clap import recall_hits
 
     positions, captions, others = recall_draws(corpus, draws, seed=seed)
     audio, lines = corpus.waveforms(positions), []
     for name, reward in rewards.items():
-        share = recall_at_1(reward, audio, captions, others)
-        _, low, high = stats.wilson(round(share * draws), draws)
+        won = recall_hits(reward, audio, captions, others)
+        share, low, high = stats.bootstrap_mean(won.float().numpy(), np.array(positions))
         lines.append({"reward": name, "draws": draws, "candidates": CANDIDATES, "hard": HARD, "recall_at_1": share,
                       "low": low, "high": high, "chance": 1 / CANDIDATES})
     return pd.DataFrame(lines)

@@ -72,7 +72,7 @@ def best_threshold(scores, truth) -> float:
 
 def accuracy_table(rows: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.DataFrame:
     """Per reward and kind of hard negative: balanced_accuracy at the reward's threshold, auc, and the share of clips
-    whose true caption scores above the false one (`pair_accuracy`, with its Wilson interval low, high over n pairs).
+    whose true caption scores above the false one (`pair_accuracy` over n pairs, low and high by resampling clips).
 
     rows from `score_captions`. A kind is scored on the clips that have it; "all kinds" pools them.
     """
@@ -85,7 +85,7 @@ def accuracy_table(rows: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.Da
             above = right.loc[wrong["clip"]].to_numpy() - wrong[name].to_numpy()
             won = int((above > 0).sum())
             both = rows[rows["clip"].isin(wrong["clip"]) & ((rows["kind"] == TRUE) | rows.index.isin(wrong.index))]
-            _, low, high = stats.wilson(won, len(wrong))
+            _, low, high = stats.bootstrap_mean((above > 0).astype(float), wrong["clip"].to_numpy())
             lines.append(
                 {
                     "reward": name,

@@ -102,10 +102,10 @@ class Judge(nn.Module):
 
     def save(self, folder, **facts):
         """judge.safetensors and judge.json (configuration, threshold, and the facts given: seed, scores)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}, folder / "judge.safetensors")
-        (folder / "judge.json").write_text(json.dumps({"config": self.config, **facts}, indent=1) + "\n")
+        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        with training.atomic_folder(folder) as temporary:
+            save_file(state, temporary / "judge.safetensors")
+            (temporary / "judge.json").write_text(json.dumps({"config": self.config, **facts}, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder) -> "Judge":

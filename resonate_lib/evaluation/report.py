@@ -16,7 +16,6 @@ from resonate_lib.evaluation import metrics, stats
 PAIR = ["setting", "seed", "id", "sample"]
 BASE, OFFLINE, ONLINE = "base", ("DPO",), ("GRPO (CLAP)", "GRPO (LALM)", "NFT")
 ALTERNATIVES = ("base trained on", "best of 4")
-SYSTEMS = (BASE, *ALTERNATIVES, *OFFLINE, *ONLINE)
 ORIGINALS = "originals"
 
 

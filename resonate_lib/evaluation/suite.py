@@ -150,10 +150,12 @@ def save_clips(
 def over_seeds(version, *, n: int = 2000) -> tuple[pd.DataFrame, str]:
     """The headline table and its words over all seeds of a version: `seed*/metrics/tta_rows.csv`, prompts and seeds resampled.
 
-    A version of one seed gives that one's. FileNotFoundError when notebook 06 has not run in it.
+    A version of one seed gives that one's. The words name whatever "best of" rows there are. FileNotFoundError when
+    notebook 06 has not run in it.
     """
     paths = sorted(Path(version).glob("seed*/metrics/tta_rows.csv")) or [Path(version) / "metrics" / "tta_rows.csv"]
     if not paths[0].is_file():
         raise FileNotFoundError(f"no tta_rows.csv in {version}: run notebook 06 first")
     rows = pd.concat([pd.read_csv(path, keep_default_na=True, na_values=[""]) for path in paths], ignore_index=True)
-    return report.headline_table(rows, n=n), report.words(rows)
+    best = [system for system in rows["system"].unique() if system.startswith("best of ")]
+    return report.headline_table(rows, n=n), report.words(rows, alternatives=("base trained on", *best))

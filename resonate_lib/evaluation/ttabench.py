@@ -23,7 +23,6 @@ from resonate_lib.evaluation.report import (
     OFFLINE,
     ONLINE,
     ORIGINALS,
-    SYSTEMS,
     by_count_and_relation,
     by_kind,
     headline_table,
@@ -31,6 +30,7 @@ from resonate_lib.evaluation.report import (
     readable,
     words,
 )
+from resonate_lib.models.codec import within_full_scale
 
 __all__ = [
     "ALTERNATIVES",
@@ -39,14 +39,12 @@ __all__ = [
     "OFFLINE",
     "ONLINE",
     "ORIGINALS",
-    "SYSTEMS",
     "best_guidance",
     "by_count_and_relation",
     "by_kind",
     "evaluate",
     "fairness_score",
     "headline_table",
-    "load_benchmark",
     "noise_seed",
     "paired",
     "readable",
@@ -66,18 +64,6 @@ COLUMNS = (
     + SCORE_COLUMNS
     + SOUND_COLUMNS
 )
-
-
-def load_benchmark(
-    part: str = "accuracy", *, directory=None, split: str = "test", count: int = 100, seed: int = 0
-) -> list[dict]:
-    """Prompt records of one part: TTA-Bench's files in `directory`, or without one the embedded world's own."""
-    # imported here: scoring and reading rows needs no data module, and it loads the event recordings
-    from resonate_lib.data import prompts
-
-    if directory is not None:
-        return prompts.load_tta_bench(directory, part)
-    return prompts.embedded_bench(part, split=split, count=count, seed=seed)
 
 
 def noise_seed(seed: int, prompt_id: str, sample: int) -> int:
@@ -133,9 +119,9 @@ def evaluate(
                 guidance_scale=guidance_scale,
                 seeds=seeds,
             )
-            audio = generator.decode(latents, iterations=decode_iterations)
+            audio = generator.decode(latents, iterations=decode_iterations, limit=False)
             if best_of > 1:
-                best = _best(scorers[select], audio, generator.sample_rate, repeated, best_of)
+                best = _best(scorers[select], within_full_scale(audio), generator.sample_rate, repeated, best_of)
                 audio, seeds = audio[best], [seeds[i] for i in best]
             table = score_clips(audio, batch, scorers, sample_rate=generator.sample_rate, label=label, samples=samples)
             tables.append(table.assign(noise_seed=seeds))
@@ -157,11 +143,13 @@ def score_clips(
 ) -> pd.DataFrame:
     """Score given clips (B, T) against their records, one row each: originals (the judge's ceiling) or any sound.
 
+    Clipping and peak are those before the one gain that brings a clip over full scale down; scorers hear it after.
     samples: the sample index of each clip (default 0). setting is "originals", guidance and noise_seed are nan.
     """
     if len(audio) != len(records):
         raise ValueError(f"{len(audio)} clips for {len(records)} records: pass one record per clip")
     prompts = [record["prompt_text"] for record in records]
+    loud, audio = audio, within_full_scale(audio)
     columns: dict[str, object] = {name: [_field(record, name) for record in records] for name in PROMPT_COLUMNS}
     columns.update(setting=ORIGINALS, system=label, guidance=np.nan, seed=seed, noise_seed=np.nan)
     columns["sample"] = list(samples) if samples is not None else [0] * len(records)
@@ -172,7 +160,7 @@ def score_clips(
                     f"scorer {name!r} gives {column!r}, which another column holds; rename it or use one judge"
                 )
             columns[column] = values
-    columns.update(metrics.sanity(audio, sample_rate))
+    columns.update(metrics.sanity(loud, sample_rate))
     table = pd.DataFrame(columns, index=range(len(records)))
     extra = [name for name in table.columns if name not in COLUMNS]
     return table.reindex(columns=[*COLUMNS, *extra])

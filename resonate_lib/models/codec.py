@@ -14,6 +14,11 @@ def mel_basis(sample_rate: int, n_fft: int, bands: int, f_max: float | None = No
                                                  norm="slaney", mel_scale="slaney").T.contiguous()
 
 
+def within_full_scale(audio: torch.Tensor) -> torch.Tensor:
+    """(B, T) with every clip whose peak exceeds 0.99 brought down to it by one gain."""
+    return audio / (audio.abs().amax(dim=1, keepdim=True) / 0.99).clamp(min=1.0)
+
+
 class MelCodec(nn.Module):
     """Log-compressed mel spectrogram, `frames_per_token` frames a token, projected on principal components.
 
@@ -57,15 +62,18 @@ class MelCodec(nn.Module):
         return (torch.expm1(mel.clamp(0, 12)) / self.gain).transpose(1, 2)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, *, iterations: int = 60) -> torch.Tensor:
-        """Raw latents (B, N, C) -> waveforms (B, T) within ±0.99. `iterations` of fast Griffin-Lim: fewer are cheaper, rougher."""
+    def decode(self, latents: torch.Tensor, *, iterations: int = 60, limit: bool = True) -> torch.Tensor:
+        """Raw latents (B, N, C) -> waveforms (B, T) within ±0.99. `iterations` of fast Griffin-Lim: fewer are cheaper, rougher.
+
+        A clip that would exceed full scale is brought down by one gain, so nothing is clipped and quiet clips keep their
+        level; limit=False leaves it as it is, for counting such clips.
+        """
         spectrum = self.linear_spectrum(self.to_mel(latents.float()))
         audio = torchaudio.functional.griffinlim(
             spectrum, self.window, self.n_fft, self.hop, self.n_fft, power=1.0, n_iter=iterations, momentum=0.99,
             length=None, rand_init=False)
         audio = nn.functional.pad(audio, (0, max(0, self.samples - audio.shape[1])))[:, : self.samples]
-        # One gain for a clip that would exceed full scale: no clipping, and quiet clips keep their level.
-        return audio / (audio.abs().amax(dim=1, keepdim=True) / 0.99).clamp(min=1.0)
+        return within_full_scale(audio) if limit else audio
 
     def linear_spectrum(self, mel: torch.Tensor, rounds: int = 4) -> torch.Tensor:
         """Non-negative magnitudes (B, bins, frames) whose mel is close to `mel`: pseudo-inverse, then multiplicative updates."""

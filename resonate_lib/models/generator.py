@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -79,25 +78,23 @@ class Generator:
                                        guidance_scale=guidance_scale)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, *, iterations: int = LISTENING_ITERATIONS, normalised: bool = True) -> torch.Tensor:
-        """Latents (B, N, C) -> waveforms (B, T).
+    def decode(self, latents: torch.Tensor, *, iterations: int = LISTENING_ITERATIONS, normalised: bool = True,
+               limit: bool = True) -> torch.Tensor:
+        """Latents (B, N, C) -> waveforms (B, T), by one gain a clip within full scale unless limit=False.
 
         normalised=False repeats the published RL code, which decoded normalised latents as if they were raw.
         """
         raw = self.network.unnormalize(latents.float()) if normalised else latents.float()
-        return torch.cat([self.codec.decode(part, iterations=iterations) for part in raw.split(32)])
+        return torch.cat([self.codec.decode(part, iterations=iterations, limit=limit) for part in raw.split(32)])
 
     def save(self, folder, *, half: bool = True, **facts):
         """network.safetensors, codec.safetensors, generator.json (configuration and the facts given). half: stored as float16."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, module in (("network", self.network), ("codec", self.codec)):
-            state = {k: (v.half() if half else v).contiguous() for k, v in module.state_dict().items()}
-            temporary = folder / f"{name}.{os.getpid()}.tmp"
-            save_file(state, temporary)
-            os.replace(temporary, folder / f"{name}.safetensors")
         facts = {"network": self.network_config, "codec": self.codec.config, **facts}
-        (folder / "generator.json").write_text(json.dumps(facts, indent=1) + "\n")
+        with training.atomic_folder(folder) as temporary:
+            for name, module in (("network", self.network), ("codec", self.codec)):
+                state = {k: (v.half() if half else v).contiguous() for k, v in module.state_dict().items()}
+                save_file(state, temporary / f"{name}.safetensors")
+            (temporary / "generator.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     @staticmethod
     def facts(folder) -> dict:

@@ -7,10 +7,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -241,22 +238,6 @@ def to_clip(audio: Tensor, sample_rate: int, target_rate: int, seconds: float) -
             f"audio of {length:.2f} s: this reward hears {seconds:g} s; cut the clips or train a longer one"
         )
     return torch.nn.functional.pad(audio[..., :samples], (0, max(0, samples - audio.shape[-1])))
-
-
-@contextmanager
-def atomic_folder(directory: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `directory` that takes its name when the block ends well, and vanishes otherwise."""
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        if directory.exists():
-            shutil.rmtree(directory)
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def initial_seed(seed: int, stream: int = 0) -> torch.Generator:

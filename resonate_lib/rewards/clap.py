@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resonate_lib.rewards.base import RewardResult, atomic_folder, initial_seed, learning_rate_at, to_clip
+from resonate_lib.rewards.base import RewardResult, initial_seed, learning_rate_at, to_clip
+from resonate_lib.training import atomic_folder
 
 
 @dataclass(frozen=True)
@@ -312,24 +313,25 @@ def activity_loss(logits: Tensor, activity: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), target)
 
 
-@torch.no_grad()
-def recall_at_1(
+def recall_hits(
     reward: ClapReward, audio: Tensor, captions: Sequence[str], distractors: Sequence[Sequence[str]] | Tensor
-) -> float:
-    """Share of n draws in which the right one of its candidates has the strictly highest cosine (a tie is a miss).
+) -> Tensor:
+    """(n,) bool: in which of n draws the right candidate has the strictly highest cosine (a tie is a miss).
 
     audio: (n, T) at the model's rate, captions: its n captions. distractors as a tensor (n, k, T): text-to-audio, each
     caption picks its clip among k others. As n lists of captions: each clip picks its caption among those.
     """
     model = reward.model.eval()
-    if not isinstance(distractors, Tensor):
+    with torch.no_grad():
         sounds = torch.cat([model.encode_audio(part) for part in audio.split(reward.batch_size)])
-        mine = (sounds * model.encode_text(captions)).sum(-1)
-        best = [(model.encode_text(row) @ sound).max() for row, sound in zip(distractors, sounds, strict=True)]
-        return (mine > torch.stack(best)).float().mean().item()
-    texts = model.encode_text(captions)
-    hits = 0
-    for clip, others, text in zip(audio, distractors, texts, strict=True):
-        cosines = model.encode_audio(torch.cat([clip[None], others])) @ text
-        hits += int(cosines[0] > cosines[1:].max())
-    return hits / len(texts)
+        texts = model.encode_text(captions)
+        if isinstance(distractors, Tensor):
+            best = [(model.encode_audio(clips) @ text).max() for clips, text in zip(distractors, texts, strict=True)]
+        else:
+            best = [(model.encode_text(row) @ sound).max() for row, sound in zip(distractors, sounds, strict=True)]
+        return (sounds * texts).sum(-1) > torch.stack(best)
+
+
+def recall_at_1(reward: ClapReward, audio: Tensor, captions: Sequence[str], distractors) -> float:
+    """Share of `recall_hits`."""
+    return recall_hits(reward, audio, captions, distractors).float().mean().item()

@@ -26,7 +26,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from resonate_lib.rewards.base import RewardResult, atomic_folder, to_clip
+from resonate_lib.rewards.base import RewardResult, to_clip
+from resonate_lib.training import atomic_folder
 
 QUESTION = (
     "Does this audio contain the sound events described by the text: {caption}? "
