@@ -210,6 +210,7 @@ class NFTConfig(Config):
     adv_clip: float = knob(5.0, above=0)
     global_std: bool = True
     times_per_sample: int = knob(2, low=1)  # training times drawn per clip
+    timestep_fraction: float = knob(1.0, above=0, high=1)  # share of the times trained, counted from noise
     minibatches: int = knob(2, low=1)
     decay: str = knob(
         "linear", choices=("none", "linear", "late")
@@ -221,6 +222,12 @@ class NFTConfig(Config):
 
     def check(self) -> None:
         _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
+        trained = int(self.num_steps * self.timestep_fraction)
+        if self.times_per_sample > trained:
+            raise ValueError(
+                f"times_per_sample={self.times_per_sample}: timestep_fraction={self.timestep_fraction} of "
+                f"{self.num_steps} steps leaves {trained} times to train; ask for fewer or raise one of the two"
+            )
 
 
 @dataclass(frozen=True)

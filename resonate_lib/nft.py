@@ -72,18 +72,21 @@ def follow(old: torch.nn.Module, new: torch.nn.Module, decay: float) -> None:
             kept.lerp_(trained, 1 - decay)
 
 
-def draw_times(count: int, times_per_sample: int, steps: int, generator: torch.Generator) -> Tensor:
-    """(times_per_sample, count) training times: for each clip different points of the sampler's grid (1, 1-1/steps,
-    ...).
+def draw_times(
+    count: int, times_per_sample: int, steps: int, generator: torch.Generator, fraction: float = 1.0
+) -> Tensor:
+    """(times_per_sample, count) training times: for each clip different points of the first `fraction` of the sampler's
+    grid (1, 1-1/steps, ...).
 
-    ValueError when more are asked than the grid has.
+    ValueError when more are asked than that has.
     """
-    if times_per_sample > steps:
+    grid = flow.time_grid(steps)[: int(steps * fraction)]
+    if times_per_sample > len(grid):
         raise ValueError(
-            f"times_per_sample={times_per_sample}: the grid has {steps} times; ask for fewer or raise num_steps"
+            f"times_per_sample={times_per_sample}: {len(grid)} times of the grid are trained; ask for fewer, or raise "
+            "num_steps or timestep_fraction"
         )
-    grid = flow.time_grid(steps)[:-1]
-    order = torch.rand(count, steps, generator=generator).argsort(1)[:, :times_per_sample]
+    order = torch.rand(count, len(grid), generator=generator).argsort(1)[:, :times_per_sample]
     return grid[order].T
 
 
@@ -118,7 +121,10 @@ def update(networks, optimizer, rollouts: Rollouts, config, generator: torch.Gen
     if not len(kept):
         return {"loss": 0.0, "kl": 0.0, "drift": 0.0, "grad_norm": 0.0, "trained_clips": 0.0, "skipped": 1.0}
     for part in minibatches(kept, config.minibatches, generator):
-        for t in draw_times(len(part), config.times_per_sample, config.num_steps, generator):
+        times = draw_times(
+            len(part), config.times_per_sample, config.num_steps, generator, config.timestep_fraction
+        )
+        for t in times:
             noise = torch.randn(len(part), *rollouts.latents.shape[1:], generator=generator)
             loss, row = _sample_loss(networks, rollouts, part, t, noise, config)
             (loss / config.times_per_sample).backward()

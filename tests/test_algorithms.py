@@ -195,6 +195,8 @@ def test_optimality_and_decay_schedules():
 
 
 def test_times_come_from_the_grid_without_repetition():
+    noisy = nft.draw_times(50, 2, 10, torch.Generator().manual_seed(0), fraction=0.6)
+    assert noisy.min() == pytest.approx(0.5) and noisy.max() == 1
     times = nft.draw_times(50, 3, 4, torch.Generator().manual_seed(0))
     assert times.shape == (3, 50) and set(times.flatten().tolist()) == {1.0, 0.75, 0.5, 0.25}
     assert all(len(set(column)) == 3 for column in times.T.tolist())

@@ -174,7 +174,8 @@ def negatives(spec: Spec, rng: np.random.Generator, split: str | None = None, wo
     """Captions that the scene of this spec does NOT fulfil, by what is wrong with them.
 
     missing: asks one event more than there is. replaced: one event is another. swapped: two neighbours in the wrong order
-    (sequences only). count: another number of an event that can be counted ("a dog barks" asks one). Every caption is as well-formed as a true one.
+    (sequences only). count: another number of an event that can be counted ("a dog barks" asks one). Every caption is as
+    well-formed as a true one.
     split: none with a combination of events that is held out for another split (a kind may be left out). Whoever learns from
     true captions of training combinations and false ones of all would learn that held-out combinations are never true.
     """
