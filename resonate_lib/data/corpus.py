@@ -1,6 +1,6 @@
 """A corpus held in memory for training: audio as int16, records, and batches with captions, hard negatives and frame labels."""
 
-import os
+import contextlib
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -40,12 +40,13 @@ class Corpus:
 
     @classmethod
     def from_scenes(cls, count: int, *, split="train", seed=0, world_seed=0, combinations=None, workers=None) -> "Corpus":
-        """`count` scenes rendered straight into memory (the same scenes `make_corpus` would write)."""
+        """`count` scenes rendered straight into memory (the same scenes `make_corpus` would write), by `workers` processes:
+        default torch's number of threads, at most 4."""
         audio, records = np.empty((count, scenes.SIZE), dtype=np.int16), []
         make = partial(_scene16, split=split, seed=seed, world_seed=world_seed, combinations=combinations)
-        told = time.monotonic()
-        with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
-            for wave, record in pool.map(make, range(count), chunksize=32):
+        told, workers = time.monotonic(), workers or min(4, torch.get_num_threads())
+        with ProcessPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool:
+            for wave, record in pool.map(make, range(count), chunksize=32) if pool else map(make, range(count)):
                 audio[len(records)] = wave
                 records.append(record)
                 if time.monotonic() - told > 5:

@@ -1,18 +1,26 @@
-"""Training every instrument from nothing: the independent judge, and two CLAPs and two LALMs (reward and evaluation).
+"""Training everything that ships from nothing: the base model, the independent judge, two CLAPs and two LALMs.
 
 No two of them share a scene: each has a corpus of its own, told apart by the seed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from resonate_lib import pretrain
+from resonate_lib.config import plain
 from resonate_lib.data import scenes
-from resonate_lib.data.corpus import Corpus, to_int16
+from resonate_lib.data.corpus import Corpus, open_corpus, to_int16
 from resonate_lib.evaluation.judge import Judge, fit_judge, freeze_threshold
 from resonate_lib.rewards.clap import ClapReward, fit_clap
 from resonate_lib.rewards.lalm import LalmReward
@@ -77,3 +85,70 @@ def train_reward(name: str, config, data, *, seed: int, checkpoint=None) -> tupl
     return fit_lalm(corpus, steps=config.lalm_steps, batch_size=config.lalm_batch_size, seed=number, texts=texts,
                     warmup_steps=min(TOWER_FIRST, config.lalm_steps // 8), learning_rate=config.lalm_learning_rate,
                     checkpoint=checkpoint)
+
+
+def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | None, cache: Path) -> list[dict]:
+    """Train `name` (base, judge or a reward) from nothing and save it in `folder`; returns the training history.
+
+    configs: "pretrain", "reward" and "data", the resolved dataclasses. state: the file a killed training goes on from.
+    """
+    data, rewards = configs["data"], configs["reward"]
+    if name == "base":
+        corpus = open_corpus(data, "train", seed=seed, cache=cache)
+        base, history, kept = pretrain.build_base(corpus, configs["pretrain"], seed=seed, checkpoint=state)
+        base.save(folder, seed=seed, clips=len(corpus), variance_kept=kept, **plain(configs["pretrain"]))
+    elif name == "judge":
+        judge, history = train_judge(rewards, data, seed=seed, checkpoint=state)
+        judge.save(folder, seed=seed, scenes=scene_seed(name, seed), clips=data.judge_clips, steps=rewards.judge_steps)
+    else:
+        trained, history = train_reward(name, rewards, data, seed=seed, checkpoint=state)
+        trained.card |= {"scenes": scene_seed(name, seed), "clips": data.train_clips}
+        trained.save(folder)
+    return history
+
+
+def build_all(names: Sequence[str], configs: dict, run, *, seed: int, cache: Path, workers: int = 2) -> dict[str, list[dict]]:
+    """`build` for every name into `run.checkpoint(name)`; returns {name: history}.
+
+    On a CPU with several cores two are trained at a time, each in a process of its own on its share of the cores: networks of
+    this size gain little from a second thread. More than two would need more memory than a laptop has.
+    """
+    places = {name: (run.checkpoint(name), run.state(name)) for name in names}
+    workers = 1 if torch.cuda.is_available() else min(workers, len(names), os.cpu_count() or 1)
+    if workers < 2:
+        return {name: build(name, configs, seed=seed, folder=folder, state=state, cache=cache)
+                for name, (folder, state) in places.items()}
+    threads = (os.cpu_count() or 1) // workers
+    with tempfile.TemporaryDirectory() as logs, ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        told = {name: Path(logs) / name for name in names}
+        futures = {name: pool.submit(_build_apart, told[name], threads, name, configs, seed=seed, folder=folder, state=state,
+                                     cache=cache) for name, (folder, state) in places.items()}  # fmt: skip
+        try:
+            _follow(futures, told)
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:  # also an interrupt: nothing may go on training unseen
+            for process in list(pool._processes.values()):
+                process.terminate()
+            raise
+
+
+def _build_apart(log: Path, threads: int, *arguments, **options) -> list[dict]:
+    """`build` in a worker process: its lines go to a file that the parent reads."""
+    torch.set_num_threads(threads)
+    with log.open("w", buffering=1) as lines, contextlib.redirect_stdout(lines):
+        return build(*arguments, **options)
+
+
+def _follow(futures: dict, logs: dict[str, Path], every: float = 5.0) -> None:
+    """Print the newest line of each running training until all are done; an error of one ends the waiting at once."""
+    shown: dict[str, str] = {}
+    waiting = set(futures.values())
+    while waiting:
+        done, waiting = wait(waiting, timeout=every, return_when=FIRST_EXCEPTION)
+        if any(future.exception() for future in done):
+            return
+        for name, log in logs.items():
+            lines = log.read_text().splitlines() if log.is_file() else []
+            if lines and lines[-1] != shown.get(name):
+                shown[name] = lines[-1]
+                print(f"{name} | {lines[-1]}", flush=True)
