@@ -346,10 +346,11 @@ def test_packed_captions_equal_the_models_own_loss(lalm, scene):
     assert numbers["caption"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_draw_negatives_is_uniform_over_the_kinds_a_clip_has():
-    rows = [{"swapped": "s", "missing": "m", "count": "c"}] * 900
-    drawn = [x[0] for x in draw_negatives(rows, 1, torch.Generator().manual_seed(0))]
-    assert all(250 < drawn.count(kind) < 350 for kind in "smc")
+def test_draw_negatives_takes_a_wrong_count_first_and_is_uniform_over_the_other_kinds():
+    rows = [{"swapped": "s", "missing": "m", "replaced": "r", "count": "c"}] * 900
+    drawn = draw_negatives(rows, 2, torch.Generator().manual_seed(0))
+    assert all(len(x) == 2 and x[0] == "c" for x in drawn)
+    assert all(250 < [x[1] for x in drawn].count(kind) < 350 for kind in "smr")
     assert draw_negatives([{}, {"count": "c"}], 2, torch.Generator()) == [[], ["c"]]
 
 

@@ -29,6 +29,7 @@ SPLITS = ("train", "validation", "test")
 WORLD = hashlib.sha256(b"".join(Path(module).read_bytes() for module in (ev.__file__, __file__))).hexdigest()[:8]
 KINDS = ("single", "while", "followed by", "three", "count")
 KIND_SHARES = (0.24, 0.20, 0.26, 0.12, 0.18)
+REWARD_SHARES = (0.17, 0.17, 0.22, 0.12, 0.32)  # rewards need to hear more repetitions than there are
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three"}
 TIMES_WORDS = {2: "twice", 3: "three times"}
 CLASSES = tuple(ev.EVENTS)
@@ -90,12 +91,13 @@ def combination_split(spec: Spec, world_seed: int = 0) -> str:
     return found
 
 
-def sample_spec(rng: np.random.Generator, split: str = "train", kind: str | None = None, world_seed: int = 0) -> Spec:
+def sample_spec(rng: np.random.Generator, split: str = "train", kind: str | None = None, world_seed: int = 0,
+                shares: tuple[float, ...] = KIND_SHARES) -> Spec:
     """A random spec that may occur in the split: several events in validation and test always hold a held-out combination.
 
-    split="all" draws from every combination: for a judge, which must know all of them.
+    split="all" draws from every combination: for a judge, which must know all of them. shares: of the KINDS.
     """
-    kind = kind or KINDS[rng.choice(len(KINDS), p=KIND_SHARES)]
+    kind = kind or KINDS[rng.choice(len(KINDS), p=shares)]
     if kind not in KINDS:
         raise ValueError(f"unknown kind of scene {kind!r}: use one of {', '.join(KINDS)}")
     while True:
@@ -306,13 +308,13 @@ def _together(spec, rng, split):
 
 
 def make_scene(index: int, *, split: str, seed: int, world_seed: int = 0,
-               combinations: str | None = None) -> tuple[np.ndarray, dict]:
+               combinations: str | None = None, shares: tuple[float, ...] = KIND_SHARES) -> tuple[np.ndarray, dict]:
     """Scene number `index` of a corpus: audio (64000,) and its record without file fields. Same arguments, same scene.
 
     combinations: which combinations of events occur: the split's own (default) or "all".
     """
     rng = np.random.default_rng([world_seed, SPLITS.index(split), seed, index])
-    spec = sample_spec(rng, combinations or split, None, world_seed)
+    spec = sample_spec(rng, combinations or split, None, world_seed, shares)
     audio, placed = render(spec, rng, split)
     captions = [caption(spec, rng) for _ in range(3)]
     record = {"id": f"{split}_{seed}_{index:06d}", "caption": captions[0], "captions": captions,

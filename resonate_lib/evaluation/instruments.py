@@ -75,7 +75,8 @@ def train_reward(name: str, config, data, *, seed: int, checkpoint=None) -> tupl
     """The reward model `name` (clap, lalm, clap_eval, lalm_eval) by a `RewardConfig`, on as many scenes as the base model,
     two thirds of them roughened."""
     number = scene_seed(name, seed)
-    corpus = Corpus.from_scenes(data.train_clips, split="train", seed=number, world_seed=data.world_seed)
+    corpus = Corpus.from_scenes(data.train_clips, split="train", seed=number, world_seed=data.world_seed,
+                                shares=scenes.REWARD_SHARES)
     roughen(corpus, seed=number)
     if name.startswith("clap"):
         return fit_clap(corpus, steps=config.clap_steps, batch_size=config.clap_batch_size, seed=number,

@@ -140,11 +140,15 @@ def answer_loss(logits: Tensor, packed: Packed, caption_weight: float) -> tuple[
 
 
 def draw_negatives(negatives: Sequence[dict], count: int, generator: torch.Generator) -> list[list[str]]:
-    """count false captions a clip, kinds drawn uniformly without putting back from those the clip has."""
+    """count false captions a clip: a wrong number always where the clip has one, other kinds drawn uniformly.
+
+    Clips with several occurrences are rare, and who is not taught on them lets a generator repeat an event for free.
+    """
     chosen = []
     for row in negatives:
         kinds = sorted(row)
-        order = torch.randperm(len(kinds), generator=generator)[:count].tolist()
+        order = torch.randperm(len(kinds), generator=generator).tolist()
+        order = sorted(order, key=lambda k: kinds[k] != "count")[:count]
         chosen.append([row[kinds[k]] for k in order])
     return chosen
 
@@ -169,7 +173,7 @@ def fit_lalm(
     shape: LalmShape = DEFAULT_SHAPE,
     texts: Sequence[str] | None = None,
     learning_rate: float = 1e-3,
-    negatives_per_clip: int = 2,
+    negatives_per_clip: int = 3,
     caption_weight: float = 1.0,
     activity_weight: float = 0.5,
     checkpoint: Path | None = None,
