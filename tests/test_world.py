@@ -387,3 +387,25 @@ def test_the_shipped_judge_knows_originals_from_other_originals():
     assert f1 > 0.9 and scores["exact"].mean() > 0.75
     other = judge.score(waves.roll(1, 0), records)
     assert other["exact"].mean() < 0.2
+
+
+def test_recordings_keep_their_split_whatever_else_is_in_the_folder():
+    names = [{"audio_path": f"/somewhere/{i}.wav"} for i in range(400)]
+    splits = [audio_folder.split_of(record) for record in names]
+    assert {"train", "validation", "test"} == set(splits) and 0.8 < splits.count("train") / 400 < 0.97
+    assert splits == [audio_folder.split_of({"audio_path": f"/elsewhere/{i}.wav"}) for i in range(400)]
+    assert audio_folder.split_of({"audio_path": "a.wav", "split": "test"}) == "test"
+
+
+def test_roughen_changes_its_share_of_the_clips_and_repeats_with_its_seed():
+    from resonate_lib.evaluation.instruments import roughen
+
+    def made(seed):
+        corpus = Corpus.from_scenes(12, seed=4, workers=1)
+        original = corpus.audio.copy()
+        roughen(corpus, share=0.5, seed=seed)
+        return corpus.audio, (corpus.audio != original).any(1)
+
+    audio_one, changed = made(1)
+    assert changed.sum() == 6
+    assert np.array_equal(audio_one, made(1)[0]) and not np.array_equal(audio_one, made(2)[0])
