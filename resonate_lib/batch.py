@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -23,11 +21,7 @@ import yaml
 
 from resonate_lib import config, kernel, record, runs, versions
 from resonate_lib.config import CHECKOUT
-
-DATA = config.DataConfig.section
-DEFAULT_LAST = "07"  # 08 and later run with --all or --only
-RESERVED = {"profile": "--profile", "seed": "--seed", "run": "RESONATE_RESULTS"}
-KINDS = {"int": int, "float": float, "str": str, "bool": bool}
+from resonate_lib.parameters import DATA, check, discover, inspect, reach
 
 
 @dataclass(frozen=True)
@@ -80,149 +74,6 @@ def notebooks_dir(folder: str | os.PathLike | None = None) -> Path:
     return path
 
 
-def discover(folder: Path, only: tuple[str, ...] | None, all_notebooks: bool) -> dict[str, Path]:
-    """{number: path} of the notebooks to run, in order. `only` takes numbers (04 or 4) and full names. Raises
-    ValueError."""
-    every = {path.name[:2]: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
-    if not every:
-        raise ValueError(f"no notebooks named NN_*.ipynb in {folder}: check out the repository in full")
-    if only is None:
-        return {number: path for number, path in every.items() if all_notebooks or number <= DEFAULT_LAST}
-    names, chosen = {path.stem: number for number, path in every.items()}, set()
-    for item in only:
-        number = names.get(item.removesuffix(".ipynb"), item.zfill(2))
-        if number not in every:
-            raise ValueError(config.unknown("notebook", item, [*every, *names] if not item.isdigit() else list(every)))
-        chosen.add(number)
-    return {number: path for number, path in every.items() if number in chosen}
-
-
-def inspect(path: Path) -> dict[str, str]:
-    """{name: annotation} of the notebook's parameters cell. Raises ValueError for a notebook that cannot be read."""
-    import papermill
-
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    try:
-        nbformat.validate(nbformat.read(path, as_version=4))
-        found = papermill.inspect_notebook(str(path))
-    except OSError as error:
-        raise ValueError(f"{path.name}: {error.strerror or error}; make the file readable") from None
-    except Exception as error:  # nbformat, papermill and jsonschema each raise their own for a damaged file
-        first = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path.name}: not a valid notebook ({first}); restore it with git") from None
-    return {name: item["inferred_type_name"] for name, item in found.items()}
-
-
-def check_parameters(
-    overrides: dict[str, Any], declared: dict[str, dict[str, str]], profile: str, params_dir: Path
-) -> dict[str, dict[str, Any]]:
-    """{notebook number: {name: value of the right type}}: each override for the notebooks it is meant for.
-
-    A name is a field of one of the notebook's dataclasses, or `<section>_<field>` (`nft_steps`), and is checked by it
-    with the others given; else the annotation in the parameters cell decides. A value of the data section also stands
-    under `data`. Raises ValueError: unknown name, bad value.
-    """
-    given = _spread(overrides, declared)
-    checked = {}
-    for number, names in declared.items():
-        mine = {name: _absolute(name, value) for name, value in given[number].items()}
-        places = {name: _place(number, name) for name in mine}
-        for cls in {place[0] for place in places.values() if place}:
-            group = {place[1]: mine[name] for name, place in places.items() if place and place[0] is cls}
-            values = config.plain(config.resolve(cls, profile, params_dir=params_dir, **group))
-            mine.update({name: values[place[1]] for name, place in places.items() if place and place[0] is cls})
-        for name in [name for name, place in places.items() if not place]:
-            mine[name] = _by_annotation(name, mine[name], names[name])
-        checked[number] = mine
-    data = {name: _absolute(name, value) for name, value in given[DATA].items()}
-    if data:
-        values = config.plain(config.resolve(config.DataConfig, profile, params_dir=params_dir, **data))
-        checked[DATA] = {name: values[name] for name in data}
-    return checked
-
-
-def _spread(overrides: dict[str, Any], declared: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    """{notebook number or `data`: {name: value as given}}; a dotted name goes before a bare one. Raises ValueError."""
-    places = {**declared, DATA: config.field_types(config.DataConfig)}
-    known = sorted({name for names in places.values() for name in names} - set(RESERVED))
-    given: dict[str, dict[str, Any]] = {place: {} for place in places}
-    for key in sorted(overrides, key=lambda key: "." in key):  # dotted names last: they overwrite
-        place, _, name = key.rpartition(".")
-        if name in RESERVED:
-            raise ValueError(f"parameter {key!r} has an option of its own: use {RESERVED[name]}")
-        if place and place not in places:
-            raise ValueError(f"{config.unknown('notebook', place, list(declared))} (in -p {key}, of the notebooks selected)")
-        if place and name not in places[place]:
-            own = sorted(set(places[place]) - set(RESERVED))
-            raise ValueError(config.unknown(f"parameter of {'the data' if place == DATA else f'notebook {place}'}", name, own))
-        if name not in known:
-            raise ValueError(config.unknown("parameter", name, known) + " (in the notebooks selected)")
-        for target in [place] if place else [target for target, names in places.items() if name in names]:
-            given[target][name] = overrides[key]
-    for number in declared:
-        for name, value in given[number].items():
-            found = _place(number, name)
-            if found and found[0] is config.DataConfig:
-                given[DATA][found[1]] = value
-    return given
-
-
-def _reach(overrides: dict[str, Any], parameters: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each bare name that reaches several notebooks."""
-    lines = []
-    for name, value in overrides.items():
-        numbers = [key for key, mine in parameters.items() if key != DATA and name in mine and f"{key}.{name}" not in overrides]
-        if name in parameters.get(DATA, {}):
-            lines.append(f"{name} = {value} in the data of every notebook")
-        elif len(numbers) > 1:
-            lines.append(f"{name} = {value} in {', '.join(numbers)} (one of them alone: -p {numbers[0]}.{name} {value})")
-    return lines
-
-
-def _place(number: str, name: str) -> tuple[type[config.Config], str] | None:
-    """The dataclass and field that a notebook's parameter stands for."""
-    classes = config.NOTEBOOK_CONFIGS.get(number, ())
-    for cls in classes:
-        if name in config.field_types(cls):
-            return cls, name
-    for cls in config.CONFIGS:
-        inner = name.removeprefix(f"{cls.section}_")
-        if inner != name and inner in config.field_types(cls):
-            return cls, inner
-    return None
-
-
-def _absolute(name: str, value: Any) -> Any:
-    """A value that names a file or folder, made independent of the working directory: kernels have another one.
-
-    Raises ValueError where the file or folder must exist and does not.
-    """
-    if not isinstance(value, str) or not value.strip():
-        return value
-    last = name.split("_")[-1]
-    if last == "reward":
-        return re.sub(r"[^+*]+\.py(?=:)", lambda match: str(_existing(name, match.group().strip())), value)
-    if name in ("folder", "tta_bench"):
-        return str(_existing(name, value))
-    if name in ("weights", "clap_source", "lalm_source") and Path(value).expanduser().exists():
-        return str(_existing(name, value))
-    return value
-
-
-def _existing(name: str, value: str) -> Path:
-    path = Path(value).expanduser()
-    if not path.exists():
-        raise ValueError(f"{name}={value!r}: there is no such file or folder; check the path (now in {Path.cwd()})")
-    return path.resolve()
-
-
-def _by_annotation(name: str, value: Any, annotation: str) -> Any:
-    kind = KINDS.get(re.sub(r"^(typing\.)?Optional\[(.*)\]$", r"\2", annotation))
-    if kind:
-        return config.coerce(name, value, kind)
-    return yaml.safe_load(value) if isinstance(value, str) else value
-
-
 def make_plan(request: Request, *, folder: str | os.PathLike | None = None, results: Path) -> Plan:
     """Check the whole request. Raises ValueError in one line; starts nothing and writes nothing.
 
@@ -235,10 +86,10 @@ def make_plan(request: Request, *, folder: str | os.PathLike | None = None, resu
     resolved = config.resolve_all(request.profile, params_dir)
     notebooks = discover(notebooks_path, request.only, request.all_notebooks)
     declared = {number: inspect(path) for number, path in notebooks.items()}
-    parameters = check_parameters(request.overrides, declared, request.profile, params_dir)
+    parameters = check(request.overrides, declared, request.profile, params_dir)
     resolved[DATA].update(parameters.get(DATA, {}))
     from_path = versions.find(request.from_version, results) if request.from_version else None
-    for line in _reach(request.overrides, parameters):
+    for line in reach(request.overrides, parameters):
         print(line, file=sys.stderr)
     payload = {
         "profile": request.profile,

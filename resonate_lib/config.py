@@ -221,7 +221,7 @@ class NFTConfig(Config):
     reward: str = "clap"
 
     def check(self) -> None:
-        _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
+        _check_minibatches(self.minibatches, self.prompts_per_step, "prompts")
         trained = int(self.num_steps * self.timestep_fraction)
         if self.times_per_sample > trained:
             raise ValueError(
@@ -407,9 +407,9 @@ def _check_range(name: str, value: Any, limits: Any) -> None:
             raise ValueError(f"{name}={item}: {advice}")
 
 
-def _check_minibatches(minibatches: int, clips: int) -> None:
-    if minibatches > clips:
-        raise ValueError(f"minibatches={minibatches}: more than the {clips} clips of a step; use {clips} or fewer")
+def _check_minibatches(minibatches: int, parts: int, what: str = "clips") -> None:
+    if minibatches > parts:
+        raise ValueError(f"minibatches={minibatches}: more than the {parts} {what} of a step; use {parts} or fewer")
 
 
 def _check_section(file: str, section: str, values: Any) -> None:

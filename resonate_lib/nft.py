@@ -1,7 +1,8 @@
 """DiffusionNFT: online reinforcement learning on the forward process, without trajectories or log-probabilities.
 
 An old policy samples with any solver; the trained policy is pulled towards good clips and pushed from bad ones by two
-flow-matching losses of implicit policies. Source: DiffusionNFT (arXiv 2509.16117) and its public code.
+flow-matching losses of implicit policies. Source: DiffusionNFT (arXiv 2509.16117) and its public code. Differs from it:
+the clips of one prompt are noised alike (see `update`).
 """
 
 import torch
@@ -75,7 +76,7 @@ def follow(old: torch.nn.Module, new: torch.nn.Module, decay: float) -> None:
 def draw_times(
     count: int, times_per_sample: int, steps: int, generator: torch.Generator, fraction: float = 1.0
 ) -> Tensor:
-    """(times_per_sample, count) training times: for each clip different points of the first `fraction` of the sampler's
+    """(times_per_sample, count) training times: for each prompt different points of the first `fraction` of the sampler's
     grid (1, 1-1/steps, ...).
 
     ValueError when more are asked than that has.
@@ -115,18 +116,22 @@ def update(networks, optimizer, rollouts: Rollouts, config, generator: torch.Gen
     """One pass: `config.minibatches` optimizer steps, `times_per_sample` times per clip in each. Clips of tied groups
     are dropped.
 
-    kl: mean squared velocity difference to the reference; drift: to the old policy. skipped = 1 when nothing was left.
+    Clips of one prompt stay in one minibatch and share times and noise. Each of them alone is noised as the method asks,
+    so the expected gradient is the same; but advantages of a group sum to zero, so that what the common noise gives
+    every sibling alike cancels, and what is left is how the clips differ. kl: mean squared velocity difference to the
+    reference; drift: to the old policy. skipped = 1 when nothing was left.
     """
-    kept, rows, norms = rollouts.advantages.nonzero().flatten(), [], []
+    kept, ids, rows, norms = rollouts.advantages.nonzero().flatten(), rollouts.group_ids, [], []
     if not len(kept):
         return {"loss": 0.0, "kl": 0.0, "drift": 0.0, "grad_norm": 0.0, "trained_clips": 0.0, "skipped": 1.0}
-    for part in minibatches(kept, config.minibatches, generator):
+    for groups in minibatches(ids[kept].unique(), config.minibatches, generator):
+        part = kept[torch.isin(ids[kept], groups)]
         times = draw_times(
-            len(part), config.times_per_sample, config.num_steps, generator, config.timestep_fraction
+            rollouts.groups, config.times_per_sample, config.num_steps, generator, config.timestep_fraction
         )
         for t in times:
-            noise = torch.randn(len(part), *rollouts.latents.shape[1:], generator=generator)
-            loss, row = _sample_loss(networks, rollouts, part, t, noise, config)
+            noise = torch.randn(rollouts.groups, *rollouts.latents.shape[1:], generator=generator)
+            loss, row = _sample_loss(networks, rollouts, part, t[ids[part]], noise[ids[part]], config)
             (loss / config.times_per_sample).backward()
             rows.append(row)
         norms.append(optimizer_step(networks[0], optimizer, config.max_grad_norm))

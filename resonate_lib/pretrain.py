@@ -55,7 +55,7 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
 
     Channels count by the square root of their deviation in the raw latent: whitened principal components are equally loud to
     the network, but the first carry the events and the last only texture. AdamW (0.9, 0.95), gradient norm at most 1,
-    published schedule (decay=False keeps the rate constant, as for training on).
+    published schedule, which ends at a hundredth of the rate (decay=False keeps it constant, as for training on).
     """
     network = generator.network.train()
     weight = channel_weight(generator)

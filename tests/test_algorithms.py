@@ -250,6 +250,23 @@ def test_grpo_step_raises_the_surrogate(kind):
     assert gain > 0
 
 
+def test_nft_learns_nothing_from_siblings_that_are_the_same():
+    """Advantages of a group sum to zero and its clips are noised alike, so equal clips must leave no gradient."""
+    world = ToyGenerator()
+    rollouts = collect(world, RECORDS[:3], group_size=4, sde=None, guidance_scale=1.0)
+    config = dataclasses.replace(NFT, beta_kl=0.0, minibatches=1, num_steps=4)
+    norms = []
+    for equal in (False, True):
+        if equal:
+            rollouts.latents = rollouts.latents[::4].repeat_interleave(4, 0)
+        rollouts.advantages = online.group_advantages(rollouts.rewards, rollouts.group_ids, global_std=True)
+        networks = (world.network, online.frozen_copy(world.network), None)
+        optimizer = torch.optim.SGD(world.network.parameters(), lr=0.0)
+        row = nft.update(networks, optimizer, rollouts, config, torch.Generator().manual_seed(0))
+        norms.append(row["grad_norm"])
+    assert norms[1] < 1e-5 * norms[0]
+
+
 # -------------------------------------------------------------------------------------- training loops
 LOOPS = [(grpo, GRPO), (nft, NFT), (dpo, DPO)]
 LOOP_NAMES = ["grpo", "nft", "dpo"]
