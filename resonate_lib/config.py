@@ -172,6 +172,7 @@ class GRPOConfig(Config):
     noise_level: float = knob(0.7, above=0, high=2)  # exploration; for kind cps at most 1
     kind: str = knob("sde", choices=("sde", "cps"))
     timestep_fraction: float = knob(0.99, above=0, high=1)  # share of the steps trained, counted from noise
+    window: int = knob(0, low=0)  # stochastic steps a clip, from a random one on, siblings alike before; 0: all steps
     learning_rate: float = knob(1e-4, above=0, high=1)
     clip_range: float = knob(1e-4, above=0, high=1)  # log-probs are means over dimensions, hence so small
     adv_clip: float = knob(5.0, above=0)
@@ -188,10 +189,16 @@ class GRPOConfig(Config):
         if self.kind == "cps" and self.noise_level > 1:
             raise ValueError(f"noise_level={self.noise_level}: at most 1 with kind=cps")
         _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
-        if int(self.num_steps * self.timestep_fraction) < 1:
+        trained = int(self.num_steps * self.timestep_fraction)
+        if trained < 1:
             raise ValueError(
                 f"timestep_fraction={self.timestep_fraction}: trains none of {self.num_steps} steps; "
                 f"use {1 / self.num_steps:g} or more"
+            )
+        if self.window > trained:
+            raise ValueError(
+                f"window={self.window}: timestep_fraction={self.timestep_fraction} of {self.num_steps} steps leaves "
+                f"{trained} to train; use {trained} or fewer, or 0 for all"
             )
 
 

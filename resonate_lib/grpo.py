@@ -121,6 +121,18 @@ def trained_steps(trajectory: samplers.Trajectory, timestep_fraction: float) -> 
     return [j for j in trajectory.stochastic if j < limit]
 
 
+def draw_window(config, generator: torch.Generator) -> tuple[int, int] | None:
+    """(first, length) of a round's stochastic steps, anywhere among the trained ones; None when all are stochastic.
+
+    Siblings that share everything but a few steps' noise owe their difference in reward to those steps, which are the
+    ones trained. Source: Flow-GRPO-Fast, MixGRPO (arXiv 2507.21802).
+    """
+    if not config.window:
+        return None
+    places = int(config.num_steps * config.timestep_fraction) - config.window + 1
+    return int(torch.randint(places, (1,), generator=generator)), config.window
+
+
 def _step_loss(network, reference, rollouts: Rollouts, rows: Tensor, j: int, config) -> tuple[Tensor, dict[str, float]]:
     """Loss of trajectory step j on the clips `rows`, and what to report."""
     trajectory, cond = rollouts.trajectory, rollouts.cond.index(rows)
@@ -198,7 +210,8 @@ def train(
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = draw_records(records, config.prompts_per_step, random)
         rollouts = collect(
-            generator, network, reward, chosen, group_size=config.group_size, steps=config.num_steps, sde=sde,
+            generator, network, reward, chosen, group_size=config.group_size, steps=config.num_steps,
+            sde={**sde, "window": draw_window(config, random)},
             guidance_scale=config.guidance_scale, seed=draw_seed(random), decode_iterations=config.decode_iterations,
             precision=config.precision,
         )  # fmt: skip

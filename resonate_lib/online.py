@@ -90,8 +90,9 @@ def collect(
     generator: gives encode_prompts, decode, sample_rate, latent_shape; `network` is the policy that samples (it may be
     a copy of generator.network). records: dicts with prompt_text, handed to the reward as metadata. sde: keyword
     arguments of `samplers.rollout` (noise_level, kind, window, last_step_noise), or None for the deterministic solver.
-    The first noise and all later ones of clip i come from one generator seeded by (seed, i). Advantages are None:
-    deviations are the algorithm's choice.
+    The first noise and all later ones of clip i come from one generator seeded by (seed, i); with a window the siblings
+    share the first noise, so that they differ by the window's alone. Advantages are None: deviations are the
+    algorithm's choice.
     """
     metadata = [record for record in records for _ in range(group_size)]
     prompts = [record["prompt_text"] for record in metadata]
@@ -99,6 +100,8 @@ def collect(
     sources = [torch.Generator().manual_seed(s) for s in sample_seeds(seed, len(prompts))]
     device = network.latent_mean.device
     noise = torch.stack([torch.randn(*generator.latent_shape, generator=g) for g in sources]).to(device)
+    if sde is not None and sde.get("window"):
+        noise = noise[::group_size].repeat_interleave(group_size, 0)
     trajectory = None
     with autocast(precision, device.type):
         if sde is None:

@@ -250,6 +250,20 @@ def test_grpo_step_raises_the_surrogate(kind):
     assert gain > 0
 
 
+def test_with_a_window_siblings_share_all_but_its_noise():
+    world = ToyGenerator()
+    config = dataclasses.replace(GRPO, num_steps=6, window=2, timestep_fraction=0.7)
+    windows = {grpo.draw_window(config, torch.Generator().manual_seed(k)) for k in range(40)}
+    assert windows == {(0, 2), (1, 2), (2, 2)} and grpo.draw_window(GRPO, torch.Generator()) is None
+    rollouts = collect(world, RECORDS[:2], steps=6, sde={"noise_level": 0.7, "kind": "sde", "window": (1, 2)})
+    latents = rollouts.trajectory.latents
+    assert grpo.trained_steps(rollouts.trajectory, 0.7) == [1, 2]
+    torch.testing.assert_close(latents[0, 1], latents[2, 1])
+    assert not torch.allclose(latents[0, 2], latents[2, 2]) and not torch.allclose(latents[0, 0], latents[3, 0])
+    with pytest.raises(ValueError, match=r"window=5: .* leaves 4"):
+        dataclasses.replace(config, window=5)
+
+
 def test_nft_learns_nothing_from_siblings_that_are_the_same():
     """Advantages of a group sum to zero and its clips are noised alike, so equal clips must leave no gradient."""
     world = ToyGenerator()
