@@ -145,12 +145,14 @@ def train(
     """DiffusionNFT on generator.network, in place; returns one dict of metrics per step.
 
     The old policy, which samples without guidance by the deterministic solver, follows the trained one by
-    `config.decay`. The reference of the KL is the network as it is when this is called. callback(i, metrics) runs
-    after each step.
+    `config.decay`. The reference of the KL is the network as it is when this is called. What remains at the end is the
+    average of the weights over the rounds, each counting `config.ema` times the next one (0: the last round's; the
+    first rounds are forgotten faster, as published). callback(i, metrics) runs after each step.
     """
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta_kl > 0 else None
-    old, optimizer = frozen_copy(network), make_optimizer(network, config.learning_rate)
+    old, average = frozen_copy(network), frozen_copy(network)
+    optimizer = make_optimizer(network, config.learning_rate)
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = draw_records(records, config.prompts_per_step, random)
@@ -161,10 +163,13 @@ def train(
         rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
         metrics = reward_metrics(rollouts) | update((network, old, reference), optimizer, rollouts, config, random)
         follow(old, network, old_policy_decay(i, config.decay))
+        follow(average, network, min((1 + i) / (10 + i), config.ema))
         if callback is not None:
             callback(i, metrics)
         return metrics
 
-    modules = {"network": network, "optimizer": optimizer, "old": old}
-    return fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
-               save_every=SAVE_EVERY)
+    modules = {"network": network, "optimizer": optimizer, "old": old, "average": average}
+    history = fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
+                  save_every=SAVE_EVERY)
+    network.load_state_dict(average.state_dict())
+    return history

@@ -281,6 +281,20 @@ def test_nft_learns_nothing_from_siblings_that_are_the_same():
     assert norms[1] < 1e-5 * norms[0]
 
 
+def test_nft_ends_with_the_average_of_its_rounds():
+    by_hand = None
+
+    def follow(i, _):
+        nonlocal by_hand
+        now, decay = weights(world.network), min((1 + i) / (10 + i), 0.15)
+        by_hand = decay * by_hand + (1 - decay) * now
+
+    world = ToyGenerator()
+    by_hand = weights(world.network)
+    nft.train(world, toy_reward, RECORDS, dataclasses.replace(NFT, steps=4, ema=0.15), seed=0, callback=follow)
+    torch.testing.assert_close(weights(world.network), by_hand)
+
+
 # -------------------------------------------------------------------------------------- training loops
 LOOPS = [(grpo, GRPO), (nft, NFT), (dpo, DPO)]
 LOOP_NAMES = ["grpo", "nft", "dpo"]

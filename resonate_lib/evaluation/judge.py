@@ -190,11 +190,14 @@ def fit_judge(corpus, *, steps: int = 2500, batch_size: int = 48, learning_rate:
 
 
 def _augment(mel, generator):
-    """Random gain (±6 dB), tilt (±4 dB from end to end), pitch (±1 band) and two masked bands of (B, frames, bands).
+    """Mel magnitudes (B, frames, bands) of originals as another microphone, room or a poor reproduction would give them.
 
-    A judge of two takes an animal must not mind the microphone, nor lean on one partial.
+    Random gain (±6 dB), tilt (±4 dB from end to end), pitch (±1 band) and two masked bands: a judge of two takes an animal
+    must not mind the microphone, nor lean on one partial. Half of the clips also get slow random swells (up to 5 dB deviation), a
+    blur over neighbouring frames and a noise floor 30 to 70 dB under the peak: a tone whose level wavers is one tone.
     """
-    decibels = torch.rand(len(mel), 2, 1, 1, generator=generator) * 2 - 1
+    uniform = lambda *shape: torch.rand(len(mel), *shape, generator=generator)  # noqa: E731
+    decibels = uniform(2, 1, 1) * 2 - 1
     tilt = torch.linspace(-1, 1, mel.shape[-1])
     mel = mel * 10 ** ((6 * decibels[:, 0] + 4 * decibels[:, 1] * tilt) / 20)
     bands = torch.arange(mel.shape[-1])
@@ -202,7 +205,16 @@ def _augment(mel, generator):
     mel = mel.gather(2, (bands + shift).clamp(0, len(bands) - 1)[:, None].expand_as(mel))
     masked = torch.randint(len(bands), (len(mel), 2), generator=generator)
     near = ((bands - masked[:, :, None]).abs() <= 1).any(1)
-    return mel * (1 - 0.9 * near[:, None].float())
+    mel = mel * (1 - 0.9 * near[:, None].float())
+    poor = (uniform(1, 1) < 0.5).float()
+    swell = torch.randn(len(mel), 1, mel.shape[1] // 5, mel.shape[2] // 4, generator=generator)
+    swell = nn.functional.interpolate(swell, size=mel.shape[1:], mode="bilinear")[:, 0]
+    mel = mel * 10 ** (5 * poor * uniform(1, 1) * swell / 20)
+    share = 0.3 * poor * uniform(1, 1)
+    padded = nn.functional.pad(mel, (0, 0, 1, 1))
+    mel = (1 - 2 * share) * mel + share * (padded[:, :-2] + padded[:, 2:])
+    floor = mel.amax((1, 2), keepdim=True) * 10 ** (-(30 + 40 * uniform(1, 1)) / 20)
+    return mel + poor * floor * torch.randn(mel.shape, generator=generator).abs()
 
 
 @torch.no_grad()
