@@ -15,7 +15,6 @@ from resonate_lib.rewards.lalm import (
     LalmShape,
     PromptFrame,
     answer_ids,
-    balanced_accuracy,
     build_model,
     build_processor,
     log_mel,
@@ -352,20 +351,6 @@ def test_draw_negatives_takes_a_wrong_count_first_and_is_uniform_over_the_other_
     assert all(len(x) == 2 and x[0] == "c" for x in drawn)
     assert all(250 < [x[1] for x in drawn].count(kind) < 350 for kind in "smr")
     assert draw_negatives([{}, {"count": "c"}], 2, torch.Generator()) == [[], ["c"]]
-
-
-def test_balanced_accuracy_by_kind():
-    def by_caption(audio, sample_rate, prompts, metadata=None):
-        return RewardResult(torch.tensor([float("no" not in prompt) for prompt in prompts]))
-
-    result = balanced_accuracy(
-        by_caption,
-        torch.zeros(3, 8),
-        ["yes", "yes", "no but true"],
-        [{"swapped": "no"}, {"swapped": "yes indeed", "count": "no"}, {"count": "no"}],
-    )
-    assert result["swapped"] == pytest.approx(0.75) and result["count"] == pytest.approx(0.75)
-    assert result["overall"] == pytest.approx(0.5 * (2 / 3 + 3 / 4)) and result["worst"] == pytest.approx(0.75)
 
 
 # Training

@@ -15,7 +15,7 @@ from resonate_lib import audio
 from resonate_lib.data import audio_folder, events, prompts, scenes
 from resonate_lib.data.corpus import Corpus
 from resonate_lib.evaluation import suite
-from resonate_lib.evaluation.judge import Judge, asked_counts, relation_scores
+from resonate_lib.evaluation.judge import Judge, _distinct, asked_counts, freeze_threshold, relation_scores
 from resonate_lib.models.codec import MelCodec
 from resonate_lib.models.generator import Generator
 
@@ -362,6 +362,28 @@ def test_the_multiset_counts_within_class(monkeypatch):
     scores = judge.score(None, metadata)
     assert [scores[k].item() for k in ("tp", "fp", "fn", "exact", "order")] == [3, 1, 1, 0, 1]
     assert [scores[k].item() for k in ("tp_real", "fp_real", "fn_real")] == [1, 1, 0]
+
+
+def test_two_edges_of_one_bark_count_once():
+    rising = torch.zeros(1, 100, 3, dtype=torch.bool)
+    for frame, name in ((0, 0), (1, 0), (3, 0), (7, 0), (20, 1), (26, 1), (31, 1), (99, 2)):
+        rising[0, frame, name] = True
+    assert _distinct(rising).tolist() == [[2, 2, 1]]
+
+
+def test_the_threshold_is_the_middle_of_what_validation_cannot_tell_apart(monkeypatch):
+    judge = Judge()
+    corpus = Corpus.from_scenes(4, split="validation", seed=1, workers=1)
+    right = {0.2: 0.5, 0.3: 0.98, 0.4: 1.0, 0.5: 1.0, 0.6: 0.9}
+
+    def shares(counts, active, records):
+        assert len(records) == 8
+        return {"exact": torch.tensor(right[judge.threshold])}
+
+    monkeypatch.setattr("resonate_lib.evaluation.judge.score_detections", shares)
+    assert freeze_threshold(judge, corpus, tuple(right)) == judge.threshold == 0.5
+    right[0.4] = right[0.5] = 0.98
+    assert freeze_threshold(judge, corpus, tuple(right)) == 0.4
 
 
 def test_a_saved_judge_hears_the_same(tmp_path):

@@ -22,6 +22,7 @@ COUNTABLE = torch.tensor([name in scenes.COUNTABLE for name in scenes.CLASSES])
 MAX_COUNT = 4
 THRESHOLDS = tuple(np.arange(0.2, 0.75, 0.05).round(2).tolist())  # of activity, tried on validation
 MIN_FRAMES = 3  # 0.12 s: the shortest event lasts 0.15 s
+SAME_FRAMES = 6  # 0.24 s: onsets of one class are 0.27 s apart or more, so nearer ones are one bark with two edges
 
 
 class Residual(nn.Module):
@@ -41,7 +42,7 @@ class Judge(nn.Module):
     """Dilated convolutions over a 64-band mel, and at 25 Hz the activity and the onsets of every class.
 
     A class is present when it is active for at least 3 frames. Counted classes occur as often as their onsets rise above one
-    half; the others count once, however often they swell.
+    half, where onsets within a quarter of a second are one; the others count once, however often they swell.
     """
 
     def __init__(self, width: int = 128, threshold: float = 0.5):
@@ -72,17 +73,16 @@ class Judge(nn.Module):
     @torch.no_grad()
     def detect(self, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Waveforms (B, 64000) -> counts (B, classes) long, active (B, 100, classes) bool at 25 Hz."""
-        self.eval()
-        counts, active = [], []
-        for part in audio.split(64):
-            activity, onsets = self(self.mel(part))
-            on = activity.sigmoid() > self.threshold
-            rising = onsets.sigmoid() > 0.5
-            starts = rising & ~nn.functional.pad(rising, (0, 0, 1, 0))[:, :-1]
-            number = torch.where(COUNTABLE, starts.sum(1).clamp(1, MAX_COUNT), 1)
-            counts.append(torch.where(on.sum(1) >= MIN_FRAMES, number, 0))
-            active.append(on)
+        counts, active = zip(*(self.read(self.mel(part)) for part in audio.split(64)), strict=True)
         return torch.cat(counts), torch.cat(active)
+
+    @torch.no_grad()
+    def read(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`detect` for mel magnitudes (B, 200, 64)."""
+        activity, onsets = self.eval()(mel)
+        on = activity.sigmoid() > self.threshold
+        number = torch.where(COUNTABLE, _distinct(onsets.sigmoid() > 0.5).clamp(1, MAX_COUNT), 1)
+        return torch.where(on.sum(1) >= MIN_FRAMES, number, 0), on
 
     def score(self, audio: torch.Tensor, metadata: list[dict]) -> dict[str, torch.Tensor]:
         """What was asked against what is heard, each (B,) float32.
@@ -91,14 +91,7 @@ class Judge(nn.Module):
         exact: the heard multiset is the asked one and the relation is right. order: of clips that ask a sequence and
         contain its events, whether they come in the asked order; nan elsewhere.
         """
-        counts, active = self.detect(audio)
-        asked = asked_counts(metadata)
-        tp, fp, fn = torch.minimum(counts, asked), (counts - asked).clamp(min=0), (asked - counts).clamp(min=0)
-        order, relation = relation_scores(active, metadata)
-        scores = {"tp": tp.sum(1), "fp": fp.sum(1), "fn": fn.sum(1),
-                  "exact": (counts == asked).all(1) & relation,
-                  "tp_real": tp[:, REAL].sum(1), "fp_real": fp[:, REAL].sum(1), "fn_real": fn[:, REAL].sum(1)}
-        return {name: value.float() for name, value in scores.items()} | {"order": order}
+        return score_detections(*self.detect(audio), metadata)
 
     def save(self, folder, **facts):
         """judge.safetensors and judge.json (configuration, threshold, and the facts given: seed, scores)."""
@@ -118,6 +111,16 @@ class Judge(nn.Module):
         return judge.eval()
 
 
+def _distinct(rising: torch.Tensor) -> torch.Tensor:
+    """(B, frames, classes) bool -> (B, classes) long: rising edges that do not follow a counted one within SAME_FRAMES."""
+    edges = rising & ~nn.functional.pad(rising, (0, 0, 1, 0))[:, :-1]
+    count, last = torch.zeros_like(edges[:, 0], dtype=torch.long), torch.full(edges[:, 0].shape, -SAME_FRAMES)
+    for frame in range(edges.shape[1]):
+        new = edges[:, frame] & (frame - last >= SAME_FRAMES)
+        count, last = count + new, torch.where(new, frame, last)
+    return count
+
+
 def asked_counts(metadata: list[dict]) -> torch.Tensor:
     """(B, classes) long: how often each event is asked."""
     asked = torch.zeros(len(metadata), len(scenes.CLASSES), dtype=torch.long)
@@ -125,6 +128,17 @@ def asked_counts(metadata: list[dict]) -> torch.Tensor:
         for name, count in record["groups"]:
             row[scenes.CLASSES.index(name)] += int(count)
     return asked
+
+
+def score_detections(counts: torch.Tensor, active: torch.Tensor, metadata: list[dict]) -> dict[str, torch.Tensor]:
+    """`Judge.score` for what `Judge.detect` gave."""
+    asked = asked_counts(metadata)
+    tp, fp, fn = torch.minimum(counts, asked), (counts - asked).clamp(min=0), (asked - counts).clamp(min=0)
+    order, relation = relation_scores(active, metadata)
+    scores = {"tp": tp.sum(1), "fp": fp.sum(1), "fn": fn.sum(1),
+              "exact": (counts == asked).all(1) & relation,
+              "tp_real": tp[:, REAL].sum(1), "fp_real": fp[:, REAL].sum(1), "fn_real": fn[:, REAL].sum(1)}
+    return {name: value.float() for name, value in scores.items()} | {"order": order}
 
 
 def relation_scores(active: torch.Tensor, metadata: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,12 +232,21 @@ def _augment(mel, generator):
 
 
 @torch.no_grad()
-def freeze_threshold(judge: Judge, corpus, thresholds=THRESHOLDS) -> float:
-    """Set the activity threshold with the best exact match on (validation) scenes, and return it."""
-    audio = corpus.waveforms(range(len(corpus)))
-    best = (-1.0, 0.5)
+def freeze_threshold(judge: Judge, corpus, thresholds=THRESHOLDS, *, seed: int = 0) -> float:
+    """Set the activity threshold by exact match on (validation) scenes, as they are and augmented, and return it.
+
+    The middle of all that are within one standard error of the best: between those validation cannot choose.
+    """
+    generator, exact = torch.Generator().manual_seed(seed), []
+    mels = [judge.mel(corpus.waveforms(part)) for part in torch.arange(len(corpus)).split(64)]
+    mels += [_augment(mel, generator) for mel in mels]
+    records = list(corpus.records) * 2
     for threshold in thresholds:
         judge.config["threshold"] = round(float(threshold), 3)
-        best = max(best, (float(judge.score(audio, corpus.records)["exact"].mean()), judge.threshold))
-    judge.config["threshold"] = best[1]
-    return best[1]
+        counts, active = zip(*map(judge.read, mels), strict=True)
+        exact.append(float(score_detections(torch.cat(counts), torch.cat(active), records)["exact"].mean()))
+    best = max(exact)
+    error = (best * (1 - best) / len(records)) ** 0.5
+    good = [threshold for threshold, share in zip(thresholds, exact, strict=True) if share >= best - error]
+    judge.config["threshold"] = round(float(good[len(good) // 2]), 3)
+    return judge.threshold

@@ -258,28 +258,6 @@ class LalmReward:
         return cls(model, Qwen2AudioProcessor.from_pretrained(folder, local_files_only=True), card=card)
 
 
-def balanced_accuracy(
-    reward: LalmReward, audio: Tensor, captions: Sequence[str], negatives: Sequence[dict], *, sample_rate: int = 16000
-) -> dict[str, float]:
-    """Balanced accuracy at threshold 0.5, by kind of hard negative, plus `overall` (kinds pooled) and `worst`.
-
-    audio (n, T) with its n true captions; negatives: n dicts kind -> false caption. A kind is scored on the clips that
-    have it: half the share of their true captions called yes, half the share of the false ones called no.
-    """
-    said_yes = (reward(audio, sample_rate, list(captions)).scores > 0.5).float()
-    result, false_yes = {}, []
-    for kind in sorted({kind for row in negatives for kind in row}):
-        rows = [i for i, row in enumerate(negatives) if kind in row]
-        wrong = (reward(audio[rows], sample_rate, [negatives[i][kind] for i in rows]).scores > 0.5).float()
-        result[kind] = 0.5 * (said_yes[rows].mean() + 1 - wrong.mean()).item()
-        false_yes.append(wrong)
-    if not result:
-        raise ValueError("negatives hold no captions: give each clip a dict of kind -> false caption")
-    worst = min(result.values())
-    overall = 0.5 * (said_yes.mean() + 1 - torch.cat(false_yes).mean()).item()
-    return result | {"overall": overall, "worst": worst}
-
-
 def card_of(shape: LalmShape, **training) -> dict:
     """The training record that goes into model_card.json."""
     return {"shape": dataclasses.asdict(shape), **training}
