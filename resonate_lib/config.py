@@ -180,6 +180,7 @@ class GRPOConfig(Config):
     kl: str = knob("exact", choices=("exact", "paper"))
     global_std: bool = True  # deviation over all clips of a step instead of each group's own
     minibatches: int = knob(2, low=1)  # optimizer steps per round
+    ema: float = knob(0.0, low=0, high=1)  # of the weights that training ends with, per round; 0: the last ones
     max_grad_norm: float = knob(1.0, above=0)
     decode_iterations: int = knob(8, low=1, high=1000)
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
@@ -222,7 +223,7 @@ class NFTConfig(Config):
     decay: str = knob(
         "linear", choices=("none", "linear", "late")
     )  # of the old policy: 0 | min(0.001 s, 0.5) | after 75
-    ema: float = knob(0.9, low=0, high=1)  # of the weights that training ends with, per round; 0: the last ones
+    ema: float = knob(0.9, low=0, high=1)  # as for GRPO; published: EMA 0.9
     max_grad_norm: float = knob(1.0, above=0)
     decode_iterations: int = knob(8, low=1, high=1000)
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))

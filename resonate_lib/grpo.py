@@ -16,6 +16,7 @@ from resonate_lib.models.flux_audio import Condition, FluxAudio
 from resonate_lib.online import (
     SAVE_EVERY,
     Rollouts,
+    average_in,
     collect,
     draw_records,
     draw_seed,
@@ -199,12 +200,13 @@ def train(
 
     records: dicts with prompt_text, config.prompts_per_step different ones a step, config.group_size clips each. The
     KL's reference is the network as it is when this is called (with a checkpoint: call it with the same start).
+    What remains at the end is the average of the weights over the rounds (`online.average_in`, by `config.ema`).
     callback(i, metrics) runs after each step. Metrics: `online.reward_metrics` and `update`. Source: the published
     trainer's loop.
     """
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta > 0 else None
-    optimizer = make_optimizer(network, config.learning_rate)
+    average, optimizer = frozen_copy(network), make_optimizer(network, config.learning_rate)
     sde = {"noise_level": config.noise_level, "kind": config.kind}
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
@@ -217,10 +219,13 @@ def train(
         )  # fmt: skip
         rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
         metrics = reward_metrics(rollouts) | update(network, optimizer, reference, rollouts, config, random)
+        average_in(average, network, i, config.ema)
         if callback is not None:
             callback(i, metrics)
         return metrics
 
-    modules = {"network": network, "optimizer": optimizer}
-    return fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
-               save_every=SAVE_EVERY)
+    modules = {"network": network, "optimizer": optimizer, "average": average}
+    history = fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
+                  save_every=SAVE_EVERY)
+    network.load_state_dict(average.state_dict())
+    return history

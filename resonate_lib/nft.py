@@ -12,9 +12,11 @@ from resonate_lib import flow
 from resonate_lib.online import (
     SAVE_EVERY,
     Rollouts,
+    average_in,
     collect,
     draw_records,
     draw_seed,
+    follow,
     frozen_copy,
     group_advantages,
     make_optimizer,
@@ -63,14 +65,6 @@ def old_policy_decay(step: int, schedule: str) -> float:
     if schedule == "late":
         return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)
     raise ValueError(f"decay={schedule!r}: allowed are 'none', 'linear' and 'late'")
-
-
-@torch.no_grad()
-def follow(old: torch.nn.Module, new: torch.nn.Module, decay: float) -> None:
-    """old <- decay*old + (1-decay)*new, parameter by parameter."""
-    for kept, trained in zip(old.parameters(), new.parameters(), strict=True):
-        if trained.requires_grad:
-            kept.lerp_(trained, 1 - decay)
 
 
 def draw_times(
@@ -146,8 +140,7 @@ def train(
 
     The old policy, which samples without guidance by the deterministic solver, follows the trained one by
     `config.decay`. The reference of the KL is the network as it is when this is called. What remains at the end is the
-    average of the weights over the rounds, each counting `config.ema` times the next one (0: the last round's; the
-    first rounds are forgotten faster, as published). callback(i, metrics) runs after each step.
+    average of the weights over the rounds (`online.average_in`). callback(i, metrics) runs after each step.
     """
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta_kl > 0 else None
@@ -163,7 +156,7 @@ def train(
         rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
         metrics = reward_metrics(rollouts) | update((network, old, reference), optimizer, rollouts, config, random)
         follow(old, network, old_policy_decay(i, config.decay))
-        follow(average, network, min((1 + i) / (10 + i), config.ema))
+        average_in(average, network, i, config.ema)
         if callback is not None:
             callback(i, metrics)
         return metrics

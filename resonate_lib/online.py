@@ -174,3 +174,20 @@ def frozen_copy(network: FluxAudio) -> FluxAudio:
 def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     """Column means of equal dicts."""
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+@torch.no_grad()
+def follow(old: torch.nn.Module, new: torch.nn.Module, decay: float) -> None:
+    """old <- decay*old + (1-decay)*new, parameter by parameter."""
+    for kept, trained in zip(old.parameters(), new.parameters(), strict=True):
+        if trained.requires_grad:
+            kept.lerp_(trained, 1 - decay)
+
+
+def average_in(average: torch.nn.Module, network: torch.nn.Module, step: int, decay: float) -> None:
+    """average <- d average + (1-d) network after round `step` (from 0), d = min((1+step)/(10+step), decay).
+
+    Weights of single rounds scatter; their average scatters less, and forgets the first rounds faster than the last, as
+    in Flow-GRPO. decay 0: the average is the network.
+    """
+    follow(average, network, min((1 + step) / (10 + step), decay))
