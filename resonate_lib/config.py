@@ -167,7 +167,7 @@ class GRPOConfig(Config):
     steps: int = knob(30, low=1)  # rounds of sampling and updating
     prompts_per_step: int = knob(16, low=1)
     group_size: int = knob(12, low=2, why="a group of one has no advantage; use 2 or more")  # clips per prompt
-    num_steps: int = knob(10, low=2, high=1000)  # stochastic steps per clip
+    num_steps: int = knob(10, low=2, high=1000)  # of the sampler, per clip
     guidance_scale: float = knob(1.0, low=0, high=20)
     noise_level: float = knob(0.7, above=0, high=2)  # exploration; for kind cps at most 1
     kind: str = knob("sde", choices=("sde", "cps"))
@@ -186,11 +186,16 @@ class GRPOConfig(Config):
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
     reward: str = "clap"
 
+    @property
+    def trainable_steps(self) -> int:
+        """How many of the first steps may be trained; the last is deterministic."""
+        return min(int(self.num_steps * self.timestep_fraction), self.num_steps - 1)
+
     def check(self) -> None:
         if self.kind == "cps" and self.noise_level > 1:
             raise ValueError(f"noise_level={self.noise_level}: at most 1 with kind=cps")
         _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
-        trained = int(self.num_steps * self.timestep_fraction)
+        trained = self.trainable_steps
         if trained < 1:
             raise ValueError(
                 f"timestep_fraction={self.timestep_fraction}: trains none of {self.num_steps} steps; "
@@ -418,7 +423,7 @@ def _check_range(name: str, value: Any, limits: Any) -> None:
 
 def _check_minibatches(minibatches: int, parts: int, what: str = "clips") -> None:
     if minibatches > parts:
-        raise ValueError(f"minibatches={minibatches}: more than the {parts} {what} of a step; use {parts} or fewer")
+        raise ValueError(f"minibatches={minibatches}: more than the {parts} {what} of a step; use fewer, or more {what}")
 
 
 def _check_section(file: str, section: str, values: Any) -> None:
@@ -450,7 +455,7 @@ def derived(config: Config) -> str:
             f"updates in all   = {config.steps} x {config.minibatches} = {config.steps * config.minibatches}",
         ]
         if isinstance(config, GRPOConfig):
-            trained = int(config.num_steps * config.timestep_fraction)
+            trained = config.window or config.trainable_steps
             lines.append(f"steps trained    = {trained} of {config.num_steps} per clip")
         return "\n".join(lines)
     if isinstance(config, DPOConfig):

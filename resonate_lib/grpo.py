@@ -130,7 +130,7 @@ def draw_window(config, generator: torch.Generator) -> tuple[int, int] | None:
     """
     if not config.window:
         return None
-    places = int(config.num_steps * config.timestep_fraction) - config.window + 1
+    places = config.trainable_steps - config.window + 1
     return int(torch.randint(places, (1,), generator=generator)), config.window
 
 
@@ -200,13 +200,14 @@ def train(
 
     records: dicts with prompt_text, config.prompts_per_step different ones a step, config.group_size clips each. The
     KL's reference is the network as it is when this is called (with a checkpoint: call it with the same start).
-    What remains at the end is the average of the weights over the rounds (`online.average_in`, by `config.ema`).
+    With config.ema, what remains at the end is the average of the weights over the rounds (`online.average_in`).
     callback(i, metrics) runs after each step. Metrics: `online.reward_metrics` and `update`. Source: the published
     trainer's loop.
     """
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta > 0 else None
-    average, optimizer = frozen_copy(network), make_optimizer(network, config.learning_rate)
+    average = frozen_copy(network) if config.ema else network
+    optimizer = make_optimizer(network, config.learning_rate)
     sde = {"noise_level": config.noise_level, "kind": config.kind}
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
@@ -219,12 +220,13 @@ def train(
         )  # fmt: skip
         rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
         metrics = reward_metrics(rollouts) | update(network, optimizer, reference, rollouts, config, random)
-        average_in(average, network, i, config.ema)
+        if config.ema:
+            average_in(average, network, i, config.ema)
         if callback is not None:
             callback(i, metrics)
         return metrics
 
-    modules = {"network": network, "optimizer": optimizer, "average": average}
+    modules = {"network": network, "optimizer": optimizer} | ({"average": average} if config.ema else {})
     history = fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
                   save_every=SAVE_EVERY)
     network.load_state_dict(average.state_dict())

@@ -107,12 +107,12 @@ def _sample_loss(
 
 
 def update(networks, optimizer, rollouts: Rollouts, config, generator: torch.Generator) -> dict[str, float]:
-    """One pass: `config.minibatches` optimizer steps, `times_per_sample` times per clip in each. Clips of tied groups
-    are dropped.
+    """One pass: `config.minibatches` optimizer steps, `times_per_sample` times per clip in each. Clips of advantage
+    0 (tied groups) are dropped.
 
     Clips of one prompt stay in one minibatch and share times and noise. Each of them alone is noised as the method asks,
-    so the expected gradient is the same; but advantages of a group sum to zero, so that what the common noise gives
-    every sibling alike cancels, and what is left is how the clips differ. kl: mean squared velocity difference to the
+    so the expected gradient is the same; but advantages of a group sum to zero, so that at v = v_old what the common
+    noise gives every sibling alike cancels, and what is left is how the clips differ. kl: mean squared velocity difference to the
     reference; drift: to the old policy. skipped = 1 when nothing was left.
     """
     kept, ids, rows, norms = rollouts.advantages.nonzero().flatten(), rollouts.group_ids, [], []
@@ -140,11 +140,11 @@ def train(
 
     The old policy, which samples without guidance by the deterministic solver, follows the trained one by
     `config.decay`. The reference of the KL is the network as it is when this is called. What remains at the end is the
-    average of the weights over the rounds (`online.average_in`). callback(i, metrics) runs after each step.
+    average of the weights over the rounds (`online.average_in`, by `config.ema`). callback(i, metrics) runs after each step.
     """
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta_kl > 0 else None
-    old, average = frozen_copy(network), frozen_copy(network)
+    old, average = frozen_copy(network), frozen_copy(network) if config.ema else network
     optimizer = make_optimizer(network, config.learning_rate)
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
@@ -156,12 +156,13 @@ def train(
         rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
         metrics = reward_metrics(rollouts) | update((network, old, reference), optimizer, rollouts, config, random)
         follow(old, network, old_policy_decay(i, config.decay))
-        average_in(average, network, i, config.ema)
+        if config.ema:
+            average_in(average, network, i, config.ema)
         if callback is not None:
             callback(i, metrics)
         return metrics
 
-    modules = {"network": network, "optimizer": optimizer, "old": old, "average": average}
+    modules = {"network": network, "optimizer": optimizer, "old": old} | ({"average": average} if config.ema else {})
     history = fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
                   save_every=SAVE_EVERY)
     network.load_state_dict(average.state_dict())

@@ -91,7 +91,7 @@ def collect(
     a copy of generator.network). records: dicts with prompt_text, handed to the reward as metadata. sde: keyword
     arguments of `samplers.rollout` (noise_level, kind, window, last_step_noise), or None for the deterministic solver.
     The first noise and all later ones of clip i come from one generator seeded by (seed, i); with a window the siblings
-    share the first noise, so that they differ by the window's alone. Advantages are None: deviations are the
+    (clips of one prompt) share the first noise, so that they differ by the window's alone. Advantages are None: deviations are the
     algorithm's choice.
     """
     metadata = [record for record in records for _ in range(group_size)]
@@ -100,8 +100,10 @@ def collect(
     sources = [torch.Generator().manual_seed(s) for s in sample_seeds(seed, len(prompts))]
     device = network.latent_mean.device
     noise = torch.stack([torch.randn(*generator.latent_shape, generator=g) for g in sources]).to(device)
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}  # equal prompts form one group
+    group_ids = torch.tensor([numbers[prompt] for prompt in prompts])
     if sde is not None and sde.get("window"):
-        noise = noise[::group_size].repeat_interleave(group_size, 0)
+        noise = noise[[prompts.index(prompt) for prompt in prompts]]
     trajectory = None
     with autocast(precision, device.type):
         if sde is None:
@@ -113,8 +115,6 @@ def collect(
             latents = trajectory.final
     audio = generator.decode(latents, iterations=decode_iterations)
     result = reward(audio, generator.sample_rate, prompts, metadata)
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}  # equal prompts form one group
-    group_ids = torch.tensor([numbers[prompt] for prompt in prompts])
     return Rollouts(
         latents, cond, result.scores.float().cpu(), result.parts, group_ids, None, trajectory, prompts, audio
     )
@@ -187,7 +187,7 @@ def follow(old: torch.nn.Module, new: torch.nn.Module, decay: float) -> None:
 def average_in(average: torch.nn.Module, network: torch.nn.Module, step: int, decay: float) -> None:
     """average <- d average + (1-d) network after round `step` (from 0), d = min((1+step)/(10+step), decay).
 
-    Weights of single rounds scatter; their average scatters less, and forgets the first rounds faster than the last, as
-    in Flow-GRPO. decay 0: the average is the network.
+    Weights of single rounds scatter; their average scatters less, and forgets the first rounds faster than the last.
+    The decay is Flow-GRPO's, which averages at every eighth update and not at every round.
     """
     follow(average, network, min((1 + step) / (10 + step), decay))

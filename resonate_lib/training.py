@@ -94,6 +94,9 @@ def _restore(path, modules):
     if not path or not Path(path).is_file():
         return [], 0
     state = torch.load(path, weights_only=True)
+    if set(state["modules"]) != set(modules):
+        raise ValueError(f"{path}: holds {', '.join(state['modules'])}, not {', '.join(modules)}: a state of other settings "
+                         "or another version; delete it to start anew")
     for name, module in modules.items():
         module.load_state_dict(state["modules"][name])
     return state["history"], state["done"]

@@ -260,6 +260,10 @@ def test_with_a_window_siblings_share_all_but_its_noise():
     assert grpo.trained_steps(rollouts.trajectory, 0.7) == [1, 2]
     torch.testing.assert_close(latents[0, 1], latents[2, 1])
     assert not torch.allclose(latents[0, 2], latents[2, 2]) and not torch.allclose(latents[0, 0], latents[3, 0])
+    last = dataclasses.replace(config, window=1, timestep_fraction=1.0)  # the last step is deterministic
+    assert {grpo.draw_window(last, torch.Generator().manual_seed(k))[0] for k in range(60)} == set(range(5))
+    twice = collect(world, [RECORDS[0], RECORDS[0]], steps=3, sde={"noise_level": 0.7, "kind": "sde", "window": (1, 1)})
+    torch.testing.assert_close(twice.trajectory.latents[0, 0], twice.trajectory.latents[5, 0])
     with pytest.raises(ValueError, match=r"window=5: .* leaves 4"):
         dataclasses.replace(config, window=5)
 

@@ -246,7 +246,7 @@ def freeze_threshold(judge: Judge, corpus, thresholds=THRESHOLDS, *, seed: int =
         counts, active = zip(*map(judge.read, mels), strict=True)
         exact.append(float(score_detections(torch.cat(counts), torch.cat(active), records)["exact"].mean()))
     best = max(exact)
-    error = (best * (1 - best) / len(records)) ** 0.5
+    error = (best * (1 - best) / len(corpus)) ** 0.5  # a scene heard twice is one scene
     good = [threshold for threshold, share in zip(thresholds, exact, strict=True) if share >= best - error]
     judge.config["threshold"] = round(float(good[len(good) // 2]), 3)
     return judge.threshold
