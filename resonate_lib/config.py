@@ -216,7 +216,8 @@ class NFTConfig(Config):
     steps: int = knob(40, low=1)
     prompts_per_step: int = knob(8, low=1)
     group_size: int = knob(16, low=2, why="a group of one has no advantage; use 2 or more")
-    num_steps: int = knob(10, low=1, high=1000)  # Euler steps per clip, no guidance
+    num_steps: int = knob(10, low=1, high=1000)  # Euler steps per clip
+    guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # of the sampling, by round in turn
     learning_rate: float = knob(3e-4, above=0, high=1)
     b: float = knob(1.0, above=0, high=1)  # strength of the implicit policies
     beta_kl: float = knob(1e-4, low=0)

@@ -138,8 +138,8 @@ def train(
 ) -> list[dict]:
     """DiffusionNFT on generator.network, in place; returns one dict of metrics per step.
 
-    The old policy, which samples without guidance by the deterministic solver, follows the trained one by
-    `config.decay`. The reference of the KL is the network as it is when this is called. What remains at the end is the
+    The old policy, which samples by the deterministic solver, follows the trained one by `config.decay`. The rounds take
+    `config.guidance_scales` in turn for sampling; the loss is always that of the conditional branch, as the method has it. The reference of the KL is the network as it is when this is called. What remains at the end is the
     average of the weights over the rounds (`online.average_in`, by `config.ema`). callback(i, metrics) runs after each step.
     """
     network = generator.network.train()
@@ -150,8 +150,8 @@ def train(
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = draw_records(records, config.prompts_per_step, random)
         rollouts = collect(
-            generator, old, reward, chosen, group_size=config.group_size, steps=config.num_steps, guidance_scale=1.0,
-            seed=draw_seed(random), decode_iterations=config.decode_iterations, precision=config.precision,
+            generator, old, reward, chosen, group_size=config.group_size, steps=config.num_steps,
+            guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random), decode_iterations=config.decode_iterations, precision=config.precision,
         )  # fmt: skip
         rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
         metrics = reward_metrics(rollouts) | update((network, old, reference), optimizer, rollouts, config, random)

@@ -285,6 +285,19 @@ def test_nft_learns_nothing_from_siblings_that_are_the_same():
     assert norms[1] < 1e-5 * norms[0]
 
 
+def test_nft_rounds_take_the_guidances_in_turn(monkeypatch):
+    taken = []
+
+    def listening(*arguments, guidance_scale, **options):
+        taken.append(guidance_scale)
+        return online.collect(*arguments, guidance_scale=guidance_scale, **options)
+
+    monkeypatch.setattr(nft, "collect", listening)
+    config = dataclasses.replace(NFT, steps=3, guidance_scales=(1.0, 2.0))
+    nft.train(ToyGenerator(), toy_reward, RECORDS, config, seed=0)
+    assert taken == [1.0, 2.0, 1.0]
+
+
 # -------------------------------------------------------------------------------------- training loops
 LOOPS = [(grpo, GRPO), (nft, NFT), (dpo, DPO)]
 LOOP_NAMES = ["grpo", "nft", "dpo"]

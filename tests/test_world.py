@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 
 from resonate_lib import audio
 from resonate_lib.data import audio_folder, events, prompts, scenes
@@ -431,3 +432,28 @@ def test_roughen_changes_its_share_of_the_clips_and_repeats_with_its_seed():
     audio_one, changed = made(1)
     assert changed.sum() == 6
     assert np.array_equal(audio_one, made(1)[0]) and not np.array_equal(audio_one, made(2)[0])
+
+
+def test_two_trainings_at_a_time_give_what_one_alone_gives(tmp_path, capfd):
+    from types import SimpleNamespace
+
+    from resonate_lib import config
+    from resonate_lib.evaluation import instruments
+
+    configs = {
+        "pretrain": config.resolve(config.PretrainConfig, "smoke"),
+        "reward": config.resolve(config.RewardConfig, "smoke"),
+        "data": config.resolve(config.DataConfig, "smoke"),
+    }
+    for folder, workers in (("apart", 2), ("alone", 1)):
+        run = SimpleNamespace(checkpoint=lambda n, f=folder: tmp_path / f / n, state=lambda n: None)
+        histories = instruments.build_all(
+            ["judge", "clap"], configs, run, seed=3, cache=tmp_path / "cache", workers=workers
+        )
+        assert {name: len(lines) for name, lines in histories.items()} == {"judge": 3, "clap": 3}
+    assert "judge | " in capfd.readouterr().out
+    for name in ("judge", "clap"):
+        one, two = (load_file(next((tmp_path / f / name).glob("*.safetensors"))) for f in ("apart", "alone"))
+        assert all(torch.allclose(one[key].float(), two[key].float(), rtol=1e-2, atol=1e-3) for key in one)
+    with pytest.raises(KeyError, match="nothing"):  # an error in one ends the other too
+        instruments.build_all(["judge", "nothing"], configs, run, seed=3, cache=tmp_path / "cache", workers=2)
