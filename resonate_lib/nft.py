@@ -139,8 +139,9 @@ def train(
     """DiffusionNFT on generator.network, in place; returns one dict of metrics per step.
 
     The old policy, which samples by the deterministic solver, follows the trained one by `config.decay`. The rounds take
-    `config.guidance_scales` in turn for sampling; the loss is always that of the conditional branch, as the method has it. The reference of the KL is the network as it is when this is called. What remains at the end is the
-    average of the weights over the rounds (`online.average_in`, by `config.ema`). callback(i, metrics) runs after each step.
+    `config.guidance_scales` in turn for sampling; the loss is always that of the conditional branch, as the method has
+    it. The reference of the KL is the network as it is when this is called. What remains at the end is the average of
+    the weights over the rounds (`online.average_in`, by `config.ema`). callback(i, metrics) runs after each step.
     """
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta_kl > 0 else None
@@ -150,9 +151,17 @@ def train(
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = draw_records(records, config.prompts_per_step, random)
         rollouts = collect(
-            generator, old, reward, chosen, group_size=config.group_size, steps=config.num_steps,
-            guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random), decode_iterations=config.decode_iterations, precision=config.precision,
-        )  # fmt: skip
+            generator,
+            old,
+            reward,
+            chosen,
+            group_size=config.group_size,
+            steps=config.num_steps,
+            guidance_scale=config.guidance_scales[i % len(config.guidance_scales)],
+            seed=draw_seed(random),
+            decode_iterations=config.decode_iterations,
+            precision=config.precision,
+        )
         rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
         metrics = reward_metrics(rollouts) | update((network, old, reference), optimizer, rollouts, config, random)
         follow(old, network, old_policy_decay(i, config.decay))
