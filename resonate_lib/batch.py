@@ -270,7 +270,7 @@ def _close(version: Path, run: dict[str, Any]) -> None:
 
 
 def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -> tuple[str, str]:
-    expected = _expected(plan, version)
+    expected = {seed: _expected(plan, version, seed) for seed in plan.request.seeds}
     waiting, params_dir = _waiting(plan, run), _kernel_params(plan, version)
     for place, (key, number, seed, inner) in enumerate(waiting):
         path, folder = plan.notebooks[number], version / inner if inner else version
@@ -281,8 +281,8 @@ def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -
         watch.begin(
             f"{key} ({place + 1}/{len(waiting)})",
             cells,
-            expected[number],
-            sum(expected[job[1]] for job in waiting[place + 1 :]),
+            expected[seed][number],
+            sum(expected[later][name] for _, name, later, _ in waiting[place + 1 :]),
         )
         outcome = _one(plan, number, seed, folder, params_dir, watch)
         notes = folder / "notes" / f"{path.stem}.json"
@@ -316,22 +316,27 @@ def _one(plan: Plan, number: str, seed: int, folder: Path, params_dir: Path, wat
     return kernel.execute(path, folder / "notebooks" / path.name, values, variables, watch)
 
 
-def _expected(plan: Plan, version: Path) -> dict[str, float]:
-    """{number: seconds}: from the latest finished run of the same kind, else from the profile's table, else a
-    minute."""
+def _expected(plan: Plan, version: Path, seed: int) -> dict[str, float]:
+    """{number: seconds} for a seed: from the latest finished run of the same kind, else from the profile's tables, else
+    a minute. Another seed than 0 trains its own base model, unless --from brings one."""
+
+    def kind(scratch: bool, brought, seed: int) -> str:
+        return "from_scratch" if scratch else "own_base" if seed and not brought else ""
+
     profile = config.load_profile(plan.request.profile, plan.params_dir)
-    minutes = profile.get("minutes", {})
-    if plan.request.from_scratch:
-        minutes = {**minutes, **profile.get("minutes_from_scratch", {})}
+    mine = kind(plan.request.from_scratch, plan.from_path, seed)
+    minutes = profile.get("minutes", {}) | (profile.get(f"minutes_{mine}", {}) if mine else {})
     seconds = {number: 60.0 * float(minutes.get(number, 1)) for number in plan.notebooks}
     for name in versions.table(version.parent)["version"]:
         with contextlib.suppress(ValueError, KeyError):
             run = versions.read(version.parent / name)
-            if run["profile"] != plan.request.profile or run["from_scratch"] != plan.request.from_scratch:
+            if run["profile"] != plan.request.profile:
                 continue
             for key, item in run["notebooks"].items():
-                if item["status"] == "DONE":
-                    seconds[key.split("/")[-1][:2]] = float(item["seconds"])
+                folder, _, notebook = key.rpartition("/")
+                its = int(folder.removeprefix("seed")) if folder else run["seeds"][0]
+                if item["status"] == "DONE" and kind(run["from_scratch"], run["from"], its) == mine:
+                    seconds[notebook[:2]] = float(item["seconds"])
     return seconds
 
 

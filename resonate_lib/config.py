@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-MINUTES_KEYS = ("minutes", "minutes_from_scratch")  # profile tables {notebook number: minutes} for the first estimate
+MINUTES_KEYS = ("minutes", "minutes_own_base", "minutes_from_scratch")  # {notebook number: minutes}, for the first estimate
 
 C = TypeVar("C", bound="Config")
 

@@ -330,7 +330,7 @@ def lines_with_intervals(
         axes[0, 0].plot(part[x], part["mean"], marker=MARKERS[index % len(MARKERS)], color=color, label=name)
         axes[0, 0].fill_between(part[x].astype(float), part["low"], part["high"], color=color, alpha=0.15, linewidth=0)
     axes[0, 0].set(xlabel=x.replace("_", " "), ylabel=f"{metric.replace('_', ' ')} (95 % interval)", title=title)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
