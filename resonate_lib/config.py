@@ -174,6 +174,7 @@ class GRPOConfig(Config):
     timestep_fraction: float = knob(0.99, above=0, high=1)  # share of the steps trained, counted from noise
     window: int = knob(0, low=0)  # stochastic steps a clip, from a random one on, siblings alike before; 0: all steps
     learning_rate: float = knob(1e-4, above=0, high=1)
+    warmup_steps: int = knob(0, low=0)  # rounds until the learning rate is reached, linearly; published: 0
     clip_range: float = knob(1e-4, above=0, high=1)  # log-probs are means over dimensions, hence so small
     adv_clip: float = knob(5.0, above=0)
     beta: float = knob(0.004, low=0)  # KL weight; 0.04 with kl=paper is 0.004 with kl=exact at ten steps
@@ -219,6 +220,7 @@ class NFTConfig(Config):
     num_steps: int = knob(10, low=1, high=1000)  # Euler steps per clip
     guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # of the sampling, by round in turn
     learning_rate: float = knob(3e-4, above=0, high=1)
+    warmup_steps: int = knob(0, low=0)  # as for GRPO
     b: float = knob(1.0, above=0, high=1)  # strength of the implicit policies
     beta_kl: float = knob(1e-4, low=0)
     adv_clip: float = knob(5.0, above=0)

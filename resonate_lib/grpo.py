@@ -27,6 +27,7 @@ from resonate_lib.online import (
     minibatches,
     optimizer_step,
     reward_metrics,
+    warm_up,
 )
 from resonate_lib.training import autocast, fit
 
@@ -211,6 +212,7 @@ def train(
     sde = {"noise_level": config.noise_level, "kind": config.kind}
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
+        warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
         chosen = draw_records(records, config.prompts_per_step, random)
         rollouts = collect(
             generator, network, reward, chosen, group_size=config.group_size, steps=config.num_steps,

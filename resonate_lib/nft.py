@@ -24,6 +24,7 @@ from resonate_lib.online import (
     minibatches,
     optimizer_step,
     reward_metrics,
+    warm_up,
 )
 from resonate_lib.training import autocast, fit
 
@@ -149,6 +150,7 @@ def train(
     optimizer = make_optimizer(network, config.learning_rate)
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
+        warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
         chosen = draw_records(records, config.prompts_per_step, random)
         rollouts = collect(
             generator,

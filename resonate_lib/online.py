@@ -152,6 +152,16 @@ def make_optimizer(network: FluxAudio, learning_rate: float) -> torch.optim.Adam
     return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8, fused=True)
 
 
+def warm_up(optimizer: torch.optim.Optimizer, step: int, learning_rate: float, rounds: int) -> None:
+    """Set the rate of round `step` (from 0): linear up to learning_rate over `rounds`, then constant; rounds=0: constant.
+
+    Adam's first steps have the full size in every weight, whatever the gradient: a kick in a random direction from which
+    an on-policy method never comes back.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * min(1.0, (step + 1) / max(rounds, 1))
+
+
 def optimizer_step(network: FluxAudio, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
     """Clip, step, clear; returns the gradient norm before clipping. A norm that is not finite is an error, not a
     silent skip.

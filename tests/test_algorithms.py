@@ -285,6 +285,21 @@ def test_nft_learns_nothing_from_siblings_that_are_the_same():
     assert norms[1] < 1e-5 * norms[0]
 
 
+@pytest.mark.parametrize(("module", "config"), [(grpo, GRPO), (nft, NFT)], ids=["grpo", "nft"])
+def test_the_rate_rises_over_the_warm_up(module, config, monkeypatch):
+    rates = []
+
+    def listening(network, optimizer, max_grad_norm):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return online.optimizer_step(network, optimizer, max_grad_norm)
+
+    monkeypatch.setattr(module, "optimizer_step", listening)
+    for rounds in (2, 0):
+        config = dataclasses.replace(config, steps=3, minibatches=1, learning_rate=1e-3, warmup_steps=rounds)
+        module.train(ToyGenerator(), toy_reward, RECORDS, config, seed=0)
+    assert rates == [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]
+
+
 def test_nft_rounds_take_the_guidances_in_turn(monkeypatch):
     taken = []
 
