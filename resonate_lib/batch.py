@@ -89,6 +89,7 @@ def make_plan(request: Request, *, folder: str | os.PathLike | None = None, resu
     parameters = check(request.overrides, declared, request.profile, params_dir)
     resolved[DATA].update(parameters.get(DATA, {}))
     from_path = versions.find(request.from_version, results) if request.from_version else None
+    _check_data(resolved, request, from_path, notebooks)
     for line in reach(request.overrides, parameters):
         print(line, file=sys.stderr)
     payload = {
@@ -111,6 +112,25 @@ def make_plan(request: Request, *, folder: str | os.PathLike | None = None, resu
     )
 
 
+def _check_data(resolved: dict[str, Any], request: Request, from_path: Path | None, notebooks: dict[str, Path]) -> None:
+    """Raise ValueError for data that a later notebook could not use, or that its models have met in training."""
+    data, later = resolved[DATA], [number for number in notebooks if number not in ("00", "01")]
+    if not later or resolved["suite"]["world"] != "embedded":
+        return
+    if data["folder"]:
+        raise ValueError(
+            f"folder={data['folder']!r}: notebook {later[0]} needs to know which events a clip holds, which a caption file "
+            "does not say; show your recordings with --only 01"
+        )
+    theirs = versions.read(from_path)["config"][DATA]["world_seed"] if from_path else 0
+    if data["world_seed"] != theirs and not request.from_scratch:
+        raise ValueError(
+            f"world_seed={data['world_seed']}: the models of {from_path.name if from_path else 'the suite'} were trained on "
+            f"the combinations of world seed {theirs}, so nothing would be held out from them; add --from-scratch, or use "
+            f"--only 01"
+        )
+
+
 def start(
     request: Request,
     *,
@@ -122,9 +142,8 @@ def start(
     root = versions.results_dir(results)
     plan = make_plan(request, folder=folder, results=root)
     _require_space(plan, root, len(request.seeds))
-    version = versions.allocate(request.profile, plan.payload, root)
     run = {
-        "version": version.name,
+        "version": "",
         "status": "RUNNING",
         "exit_reason": "",
         **{key: plan.payload[key] for key in ("profile", "seeds", "from", "from_scratch", "overrides")},
@@ -142,6 +161,8 @@ def start(
         "artefacts": {},
         "resumed": [],
     }
+    version = versions.allocate(request.profile, plan.payload, root)
+    run["version"] = version.name
     record.write_json(version / "run.json", run)
     record.atomic_write(version / "params.yaml", yaml.safe_dump(plan.payload, sort_keys=False, allow_unicode=True))
     return version, _run(plan, version, run, every)
@@ -221,7 +242,7 @@ def _kernel_params(plan: Plan, version: Path) -> Path:
 
 
 def _summarise(plan: Plan, version: Path) -> None:
-    """Means over the seeds at the version's top; the benchmark's headline and words from the rows of all seeds instead."""
+    """Means over the seeds at the version's top; the benchmark's tables and words from the rows of all seeds instead."""
     versions.summarise(version)
     if not any(version.glob("seed*/metrics/tta_rows.csv")):
         return
@@ -229,8 +250,10 @@ def _summarise(plan: Plan, version: Path) -> None:
     from resonate_lib.evaluation import suite
 
     settings = {**plan.payload["config"]["eval"], **plan.parameters.get("06", {})}
-    table, said = suite.over_seeds(version, n=settings["bootstrap"])
-    runs.write_table(version / "metrics", "tta_headline", table)
+    tables, said = suite.over_seeds(version, n=settings["bootstrap"])
+    for name, table in tables.items():
+        runs.write_table(version / "metrics", name, table)
+    table = tables["tta_headline"]
     runs.write_table(version / "metrics", "tta_words", {"words": said})
     title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds"
     plots.save(plots.gains(table, title=title), version / "figures" / "tta_gains.png")

@@ -207,10 +207,11 @@ def make_trials(items: Sequence[Mapping], seed: int, *, base: str = BASE) -> lis
 
 
 class BlindTest:
-    """The blind test in a notebook: `.widget` to show; every answer is appended to `<folder>/<listener>.jsonl` at once.
+    """The blind test in a notebook, all clips equally loud (BS.1770): `.widget` to show.
 
-    items, sample_rate: as in `listen_page`; trials: from `make_trials`. A listener who comes back goes on at the
-    first trial without an answer in that file, so use one folder per run version.
+    Every answer is appended to `<folder>/<listener>.jsonl` at once. items, sample_rate: as in `listen_page`; trials: from
+    `make_trials`. A listener who comes back goes on at the first trial without an answer in that file, so use one folder
+    per run version.
     """
 
     def __init__(
@@ -255,9 +256,9 @@ class BlindTest:
             return
         trial = self.open[0]
         clips = self.items[trial["item"]]["clips"]
-        pair = {"A": clips[trial["a"]], "B": clips[trial["b"]]}
-        # the gain of the whole item, so that a system sounds as loud here as in the comparison
-        gain = audio_io.common_gain(list(clips.values()))
+        factors = _loudness_match(clips, self.sample_rate)  # over the whole item: no level tells which system it is
+        pair = {side: _array(clips[trial[side.lower()]]) * factors[trial[side.lower()]] for side in ("A", "B")}
+        gain = audio_io.common_gain([_array(clip) * factors[label] for label, clip in clips.items()])
         number = len(self.trials) - len(self.open) + 1
         self._text.value = (
             f"Trial {number} of {len(self.trials)}: <b>{html.escape(trial['prompt'])}</b><br>{html.escape(QUESTION)}"

@@ -136,6 +136,18 @@ def reward_metrics(rollouts: Rollouts) -> dict[str, float]:
     return metrics | {f"part_{name}": part.float().nanmean().item() for name, part in rollouts.parts.items()}
 
 
+def gains(history: list[dict], clips_a_round: int, *, turns: int = 1) -> list[dict]:
+    """A training history as rows of `clips` generated so far and `gain`: reward_mean less that of the first tenth of the
+    rounds, in units of reward_std there, so that runs of different rewards fit one axis.
+
+    turns: rounds that differ by plan (guidances in turn); the start is averaged over whole turns.
+    """
+    first = history[: turns * max(1, len(history) // (10 * turns))]
+    start = sum(row["reward_mean"] for row in first) / len(first)
+    spread = sum(row["reward_std"] for row in first) / len(first) + 1e-8
+    return [{"clips": (row["step"] + 1) * clips_a_round, "gain": (row["reward_mean"] - start) / spread} for row in history]
+
+
 def minibatches(kept: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
     """Indices `kept` (m,) in random order, in at most `count` parts that differ by one in size at most."""
     shuffled = kept[torch.randperm(len(kept), generator=generator)]

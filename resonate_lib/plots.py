@@ -21,7 +21,11 @@ from matplotlib.figure import Figure
 
 from resonate_lib import audio as audio_io
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#7F7F7F")
+SYSTEMS = {  # one colour for a system in every figure
+    name: COLORS[place]
+    for place, name in enumerate(("base", "base trained on", "DPO", "GRPO (CLAP)", "GRPO (LALM)", "NFT", "best of", "originals"))
+}
 MARKERS = "osD^vPX*"
 STYLE = {
     "axes.grid": True,
@@ -43,6 +47,12 @@ def _axes(rows: int = 1, columns: int = 1, size=(7.0, 3.2), **options) -> tuple[
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
     plt.close(figure)
     return figure, axes
+
+
+def _color(name, index: int) -> str:
+    """The colour of a system ("best of 4", "originals through the codec" by how they begin), else the one of this place."""
+    exact = SYSTEMS.get(name)
+    return exact or next((c for known, c in SYSTEMS.items() if str(name).startswith(known)), COLORS[index % len(COLORS)])
 
 
 def _numpy(values) -> np.ndarray:
@@ -194,14 +204,16 @@ def reward_curves(
     key: str = "reward",
     smooth: int = 5,
     x: str = "step",
+    xlabel: str = "",
+    ylabel: str = "",
     title: str = "",
 ) -> Figure:
-    """One curve per algorithm over steps (or over another number each entry has, such as seconds); faint: raw."""
+    """One curve per label over steps (or over another number each entry has, such as clips generated); faint: raw."""
     figure, axes = _axes(size=(7, 3.4))
     for index, (label, history) in enumerate(histories.items()):
         lines = [{**line, "step": line.get(x, i)} for i, line in enumerate(history)]
         _curve(axes[0, 0], lines, key, smooth, index, label)
-    axes[0, 0].set(xlabel=x, ylabel=f"mean {key.replace('_', ' ')} of the rollouts", title=title)
+    axes[0, 0].set(xlabel=xlabel or x, ylabel=ylabel or key.replace("_", " "), title=title)
     axes[0, 0].legend()
     return figure
 
@@ -214,7 +226,7 @@ def ode_vs_sde(times, ode, sde, *, place: tuple[int, int] = (0, 0)) -> Figure:
     times = _numpy(times)
     figure, axes = _axes(1, 2, size=(8, 3.2), sharey=True)
     for ax, paths, title in zip(
-        axes[0], (ode, sde), ("ODE: the noise fixes the sample", "SDE: noise at every step"), strict=True
+        axes[0], (ode, sde), ("ODE: the noise fixes the sample", "SDE: noise at every step but the last"), strict=True
     ):
         values = _numpy(paths)
         values = values[:, :, place[0], place[1]] if values.ndim == 4 else values
@@ -308,7 +320,7 @@ def bars_with_intervals(
         place = np.arange(len(groups)) - 0.4 + width * (index + 0.5)
         mean = part["mean"].to_numpy(float)
         errors = np.abs(part[["low", "high"]].to_numpy(float).T - mean)
-        ax.bar(place, mean, width * 0.92, color=COLORS[index % len(COLORS)], label=name)
+        ax.bar(place, mean, width * 0.92, color=_color(name, index), label=name)
         ax.errorbar(place, mean, errors, fmt="none", ecolor="#333333", capsize=2, linewidth=1)
     counts = rows.groupby(by, sort=False)["n"].max()
     ax.set_xticks(range(len(groups)), [f"{g}\nn={counts[g]}" for g in groups])
@@ -326,7 +338,7 @@ def lines_with_intervals(
     rows = table[table["metric"] == metric]
     figure, axes = _axes(size=(6.5, 3.2))
     for index, (name, part) in enumerate(rows.groupby(hue, sort=False)):
-        part, color = part.sort_values(x), COLORS[index % len(COLORS)]
+        part, color = part.sort_values(x), _color(name, index)
         axes[0, 0].plot(part[x], part["mean"], marker=MARKERS[index % len(MARKERS)], color=color, label=name)
         axes[0, 0].fill_between(part[x].astype(float), part["low"], part["high"], color=color, alpha=0.15, linewidth=0)
     axes[0, 0].set(xlabel=x.replace("_", " "), ylabel=f"{metric.replace('_', ' ')} (95 % interval)", title=title)

@@ -49,18 +49,18 @@ def channel_weight(generator: Generator) -> torch.Tensor:
 def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, batch_size: int = 64,
           learning_rate: float = 1e-3, caption_dropout: float = 0.1, time_mean: float = 0.0,
           warmup: int = 100, weight_decay: float = 1e-6,
-          precision: str = "auto", seed: int = 0, checkpoint=None, decay: bool = True,
+          precision: str = "auto", seed: int = 0, checkpoint=None,
           label: str = "base") -> list[dict]:
     """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
 
     Channels count by the square root of their deviation in the raw latent: whitened principal components are equally loud to
     the network, but the first carry the events and the last only texture. AdamW (0.9, 0.95), gradient norm at most 1,
-    published schedule, which ends at a hundredth of the rate (decay=False keeps it constant, as for training on).
+    published schedule, which ends at a hundredth of the rate.
     """
     network = generator.network.train()
     weight = channel_weight(generator)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    factor = lambda i: learning_rate_factor(i, steps if decay else 10**9, warmup)  # noqa: E731
+    factor = lambda i: learning_rate_factor(i, steps, warmup)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def step(index, rng):
@@ -106,7 +106,8 @@ def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, check
                               text_seq_len=config.text_seq_len, seed=seed)
     history = train(generator, encode_corpus(generator, corpus), corpus.captions, steps=steps or config.steps,
                     batch_size=config.batch_size, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-                    caption_dropout=config.caption_dropout, time_mean=config.time_mean, warmup=config.warmup_steps,
+                    caption_dropout=config.caption_dropout, time_mean=config.time_mean,
+                    warmup=min(config.warmup_steps, (steps or config.steps) // 4),
                     precision=config.precision, seed=seed,
                     checkpoint=checkpoint)
     return generator, history, kept

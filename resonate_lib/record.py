@@ -1,6 +1,6 @@
 """What a run record is made of: atomic writes, checksums, and the state of git, packages and machine.
 
-Nothing here knows what a run is; `versions.py` and `runs.py` do. No host name and no absolute path is recorded.
+Nothing here knows what a run is; `versions.py` and `runs.py` do. No host name is recorded, and no path that the user did not give.
 """
 
 from __future__ import annotations

@@ -20,16 +20,16 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step * 7919 + 12_345) % 2**63)
 
 
-def has_fast_bf16() -> bool:
-    """Whether bf16 matrix products are fast here: a GPU, or a CPU with AMX tiles."""
-    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+def has_fast_bf16(device: str = "cpu") -> bool:
+    """Whether bf16 matrix products are fast on the device: a GPU, or a CPU with AMX tiles."""
+    return device != "cpu" or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(precision: str = "auto", device: str = "cpu"):
     """Context of the compute precision: "float32", "bf16", or "auto" (bf16 where it is fast). Weights stay float32."""
     if precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision={precision!r}: use 'auto', 'bf16' or 'float32'")
-    if precision == "float32" or (precision == "auto" and not has_fast_bf16()):
+    if precision == "float32" or (precision == "auto" and not has_fast_bf16(device)):
         return contextlib.nullcontext()
     return torch.autocast(device, torch.bfloat16)
 

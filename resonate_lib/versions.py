@@ -159,8 +159,13 @@ def compare(
     for path in sorted((paths[0] / "metrics").glob("*.csv")):
         other = paths[1] / "metrics" / path.name
         if other.is_file():
-            out[path.stem] = _compare_tables(pd.read_csv(path), pd.read_csv(other))
+            out[path.stem] = _compare_tables(read_table(path), read_table(other))
     return out
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A metrics file as `runs.write_table` wrote it: an empty cell is missing, the text "None" is text."""
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def summarise(version: Path) -> list[str]:
@@ -177,7 +182,7 @@ def summarise(version: Path) -> list[str]:
     written = []
     for name in sorted({path.name for folder in folders for path in (folder / "metrics").glob("*.csv")}):
         tables = {
-            int(folder.name[4:]): pd.read_csv(folder / "metrics" / name)
+            int(folder.name[4:]): read_table(folder / "metrics" / name)
             for folder in folders
             if (folder / "metrics" / name).is_file()
         }

@@ -300,6 +300,13 @@ def test_the_rate_rises_over_the_warm_up(module, config, monkeypatch):
     assert rates == [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]
 
 
+def test_gains_compare_whole_turns():
+    history = [{"step": i, "reward_mean": 1.0 + (i % 2) + i // 2, "reward_std": 2.0} for i in range(20)]
+    rows = online.gains(history, 10, turns=2)
+    assert rows[0] == {"clips": 10, "gain": pytest.approx(-0.25)} and rows[1]["gain"] == pytest.approx(0.25)
+    assert rows[-1]["clips"] == 200
+
+
 def test_nft_rounds_take_the_guidances_in_turn(monkeypatch):
     taken = []
 

@@ -144,7 +144,7 @@ def test_data_values_reach_every_notebook_and_survive_resume(folder, capsys):
     fails_once = "state = run.state('x')\nif not state.exists(): state.write_text(''); raise RuntimeError('first time')"
     write_notebook(folder, "04_b.ipynb", OPEN, fails_once, show)
     plain = batch.make_plan(Request(), results=folder.parent)
-    assert cli.main(["run", "-p", "world_seed", "3", "-p", "test_clips", "20", "-p", "04.steps", "2"]) == 1
+    assert cli.main(["run", "--from-scratch", "-p", "world_seed", "3", "-p", "test_clips", "20", "-p", "04.steps", "2"]) == 1
     captured = capsys.readouterr()
     assert "world_seed = 3 in the data of every notebook" in captured.err
     version = Path(captured.out.splitlines()[-1])
@@ -285,21 +285,37 @@ def test_the_benchmark_over_seeds_pools_their_rows(folder):
     """exact is 1 in half of the prompts for the system and in none for the base, in both seeds."""
     rows = """rows = [
         {"setting": "guidance 1", "system": system, "guidance": 1.0 + seed, "seed": seed, "sample": 0, "noise_seed": i,
-         "id": f"p{i}", "exact": float(system != "base" and i % 2), "tp": 1, "fp": 0, "fn": 1, "order": 1.0,
-         "reward": 0.5, "aqa": 0.5, "clap": 0.5}
+         "id": f"p{i}", "part": "accuracy", "kind": "single", "event_count": 1, "event_relation": "None",
+         "exact": float(system != "base" and i % 2), "tp": 1, "fp": 0, "fn": 1, "tp_real": 1, "fp_real": 0, "fn_real": 0,
+         "order": 1.0, "reward": 0.5, "aqa": 0.5, "clap": 0.5}
         for system in ("base", "best of 2", "DPO") for i in range(20)]
     run.write_metrics("tta_rows", rows)
+    run.write_metrics("tta_parts_rows", rows)
+    run.write_metrics("tta_by_count_and_relation", [{"event_relation": "None", "exact": 1.0}])
     run.write_metrics("tta_headline", [{"system": "DPO", "exact": 0.5, "exact_low": 0.1, "exact_high": 0.9}])"""
     write_notebook(folder, "06_a.ipynb", OPEN, "\n".join(line.removeprefix("    ") for line in rows.splitlines()))
     version, run = batch.start(Request(seeds=(0, 1), overrides={}))
     assert run["status"] == "DONE", run["exit_reason"]
-    assert sorted(path.name for path in (version / "metrics").glob("*.csv")) == ["tta_headline.csv", "tta_words.csv"]
+    names = ["tta_by_count_and_relation", "tta_by_kind", "tta_headline", "tta_parts", "tta_real_procedural", "tta_words"]
+    assert sorted(path.stem for path in (version / "metrics").glob("*.csv")) == names
+    groups = versions.read_table(version / "metrics" / "tta_by_count_and_relation.csv")
+    assert set(groups["event_relation"]) == {"None"} and (groups["seeds"] == 2).all() and groups["low"].notna().all()
     line = versions.pd.read_csv(version / "metrics" / "tta_headline.csv").set_index("system").loc["DPO"]
     assert line["seeds"] == 2 and line["clips"] == 40 and line["exact_gain"] == 0.5
     assert 0.2 < line["exact_gain_low"] < 0.45 and 0.55 < line["exact_gain_high"] < 0.8
     words = json.loads((version / "metrics" / "tta_words.json").read_text())["words"]
     assert "20 prompts, 2 seeds" in words and "Of the alternatives, best of 2 beats base" in words
     assert (version / "figures" / "tta_gains.png").stat().st_size > 1000 and "figures/tta_gains.png" in run["artefacts"]
+
+
+def test_data_that_a_later_notebook_cannot_use_is_refused_before_the_start(folder):
+    write_notebook(folder, "01_a.ipynb", OPEN)
+    write_notebook(folder, "04_a.ipynb", OPEN)
+    for given, said in (({"folder": str(folder)}, "--only 01"), ({"world_seed": "1"}, "--from-scratch")):
+        with pytest.raises(ValueError, match=said):
+            batch.start(Request(overrides=given))
+        assert batch.start(Request(overrides=given, only=("01",)))[1]["status"] == "DONE"
+    assert batch.start(Request(overrides={"world_seed": "1"}, from_scratch=True))[1]["status"] == "DONE"
 
 
 def test_listen_prints_the_preference_rate(folder, capsys):

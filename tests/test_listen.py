@@ -162,6 +162,15 @@ def test_blind_test_appends_hides_the_names_and_goes_on(items, tmp_path):
     assert {"id", "prompt", "listener", "choice", "time"} <= set(answers[0])
 
 
+def test_blind_clips_are_equally_loud(tmp_path, monkeypatch):
+    tone = np.sin(np.arange(RATE) * 0.3)
+    items = [{"prompt": "x", "clips": {"base": 0.1 * tone, "DPO": 0.4 * tone}}]
+    heard = []
+    monkeypatch.setattr(listen, "_sound", lambda clip, rate, gain: heard.append(float(np.abs(clip).max()) * gain) or "")
+    listen.BlindTest(items, listen.make_trials(items, 0), tmp_path, sample_rate=RATE)
+    assert len(heard) == 2 and heard[0] == pytest.approx(heard[1], rel=0.02)
+
+
 def test_preference_rate_by_hand(tmp_path):
     def answer(trial, preferred, system="GRPO", swap=False):
         a, b = ("base", system) if swap else (system, "base")

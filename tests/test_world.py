@@ -195,6 +195,18 @@ def test_anybodys_recordings_in_csv_with_audio_id(tmp_path):
     assert clip[0, 100:7000].mean() == pytest.approx(0.25, abs=0.01) and not clip[0, 8200:].any()
 
 
+def test_captions_of_any_shape_are_read_whole(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(160), 16000)
+    (tmp_path / "a.csv").write_text('audio_id,caption,captions\na,"a dog\nbarks",a dog\n', encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"audio_id": "a", "caption": "one\u2028two", "captions": ["x", "y"]}\n', encoding="utf-8")
+    (from_csv,), (from_jsonl,) = (audio_folder.load_manifest(tmp_path / name) for name in ("a.csv", "a.jsonl"))
+    assert from_csv["caption"] == "a dog\nbarks" and from_csv["captions"] == ["a dog"]
+    assert from_jsonl["caption"] == "one\u2028two" and from_jsonl["captions"] == ["x", "y"]
+    (tmp_path / "b.csv").write_bytes("audio_id,caption\na,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"b\.csv is not UTF-8"):
+        audio_folder.load_manifest(tmp_path / "b.csv")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
@@ -230,8 +242,15 @@ def test_the_embedded_benchmark_is_fixed_unique_and_in_the_schema(part):
     for record in records:
         assert record["event_count"] == len(record["event_list"]) == len(record["groups"])
         assert record["event_relation"] in ("None", "parallelism", "sequence")
-        assert record["heldout"] == (len(record["groups"]) > 1)
-    assert {record["kind"] for record in records} == set(scenes.KINDS)
+        assert record["heldout"] and scenes.combination_split(scenes.Spec.of(record)) == "test"
+    assert {record["kind"] for record in records} == set(prompts.BENCH_KINDS)
+    texts = {record["prompt_text"] for record in records}
+    assert len(texts) == 40 and not texts & {record["prompt_text"] for record in prompts.rl_prompts(2000)}
+
+
+def test_more_held_out_prompts_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="ask for fewer than 100000"):
+        prompts.embedded_bench("generalization", split="validation", count=100_000)
 
 
 def test_robustness_changes_the_text_and_keeps_the_meaning():
@@ -309,6 +328,15 @@ def test_another_seed_gives_another_sample(generator):
 def test_a_prompt_of_too_many_tokens_is_refused(generator):
     with pytest.raises(ValueError, match=f"at most {generator.text.length}"):
         generator.encode_prompts(["a dog barks and " * 30])
+
+
+def test_a_prompt_encodes_alike_whoever_asks_and_in_whatever_batch(generator):
+    one, other = (Generator(generator.text, generator.network, generator.codec, generator.network_config) for _ in range(2))
+    alone = one.encode_prompts(["a dog barks"])
+    with torch.autocast("cpu", torch.bfloat16):
+        among = other.encode_prompts(["rain falls while a cow moos and a siren wails", "a dog barks"])
+    assert torch.allclose(alone.text_f[0].float(), among.text_f[1].float(), atol=2e-3)
+    assert torch.allclose(alone.text_f_c[0], among.text_f_c[1], atol=1e-5)
 
 
 def test_a_seed_for_each_prompt_is_needed(generator):

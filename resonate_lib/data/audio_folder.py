@@ -5,6 +5,7 @@ Understood: JSON lines, CSV or TSV with `caption` (or `prompt`) and `audio_path`
 
 import csv
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def load_manifest(path, audio_directory=None) -> list[dict]:
         if not caption or not (row.get("audio_path") or row.get("audio_id")):
             raise ValueError(f"{path}, entry {number}: found columns {', '.join(map(str, row))}; it needs `caption` and "
                              "`audio_path` (a file) or `audio_id` (a file name without its ending)")
-        records.append({**row, "caption": caption, "captions": row.get("captions") or [caption],
+        several = row.get("captions") or [caption]
+        records.append({**row, "caption": caption, "captions": [several] if isinstance(several, str) else several,
                         "audio_path": str(_find_audio(root, row, path, number))})
     if not records:
         raise ValueError(f"{path} holds no entries: write one line a recording")
@@ -48,9 +50,12 @@ def load_manifest(path, audio_directory=None) -> list[dict]:
 
 
 def _rows(path):
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it again with that encoding") from None
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     row = json.loads(line)
@@ -60,7 +65,7 @@ def _rows(path):
                     raise ValueError(f"{path}, line {number}: got {type(row).__name__}, one JSON object a line is needed")
                 yield row
     elif path.suffix in (".csv", ".tsv"):
-        yield from csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
+        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
     else:
         raise ValueError(f"{path}: unknown kind of caption file {path.suffix!r}; use .jsonl, .csv or .tsv")
 

@@ -13,9 +13,9 @@ TTA_BENCH_FILES = {
     "accuracy": "acc_prompt.json", "generalization": "generalization_prompt.json", "robustness": "robustness_prompt.json",
     "fairness": "fairness_prompt.json", "bias": "bias_prompt.json", "toxicity": "toxicity_prompt.json"}
 EMBEDDED_PARTS = ("accuracy", "generalization", "robustness")
+BENCH_KINDS = ("while", "followed by", "three", "count")
 RELATION_NAMES = {"single": "None", "while": "parallelism", "followed by": "sequence"}
 NEW_PATTERNS = {  # wordings that no training caption has
-    "single": ["I can hear {0}", "A recording of {0}"],
     "while": ["{0} together with {1}", "{1}, and all the while {0}"],
     "followed by": ["First {0}, afterwards {1}", "{0}; once that is over, {1}"],
     "three": ["First {0}, afterwards {1}, finally {2}", "{0}; next {1}; last {2}"]}
@@ -57,7 +57,8 @@ def prompt_record(spec: scenes.Spec, text: str, identity: str, notes: str | None
 
 def embedded_bench(part: str = "accuracy", *, split: str = "test", count: int = 100, seed: int = 0,
                    world_seed: int = 0) -> list[dict]:
-    """`count` prompts over the embedded world's events, of combinations held out for `split`, kinds in turn.
+    """`count` prompts over the embedded world's events, all of combinations held out for `split` (a single event cannot be
+    one), kinds in turn, no two with one text.
 
     accuracy: captions in the training's wordings. generalization: wordings never trained on. robustness: captions perturbed
     (uppercase, misspelling, space, punctuate in turn; `perturbation_type`, with the clean text in `unperturbed`).
@@ -65,15 +66,21 @@ def embedded_bench(part: str = "accuracy", *, split: str = "test", count: int = 
     if part not in EMBEDDED_PARTS:
         raise ValueError(f"unknown part {part!r} of the embedded benchmark: use one of {', '.join(EMBEDDED_PARTS)}")
     rng = np.random.default_rng([world_seed, scenes.SPLITS.index(split), seed, 77, EMBEDDED_PARTS.index(part)])
-    records = []
+    records, texts = [], set()
     for index in range(count):
-        spec = scenes.sample_spec(rng, split, scenes.KINDS[index % len(scenes.KINDS)], world_seed)
-        text = scenes.caption(spec, rng)
-        identity, extra = f"{part}_{split}_{index:04d}", {"part": part, "heldout": len(spec.groups) > 1 and split != "train"}
-        if part == "generalization":
-            text = _new_wording(spec, rng)
+        for _ in range(1000):
+            spec = scenes.sample_spec(rng, split, BENCH_KINDS[index % len(BENCH_KINDS)], world_seed)
+            if len(spec.groups) == 1:
+                continue
+            text = _new_wording(spec, rng) if part == "generalization" else scenes.caption(spec, rng)
+            if text not in texts:
+                break
+        else:
+            raise ValueError(f"only {index} different prompts of {split} combinations were found: ask for fewer than {count}")
+        texts.add(text)
+        identity, extra = f"{part}_{split}_{index:04d}", {"part": part, "heldout": split != "train"}
         if part == "robustness":
-            kind = list(PERTURBATIONS)[(index // len(scenes.KINDS)) % len(PERTURBATIONS)]
+            kind = list(PERTURBATIONS)[(index // len(BENCH_KINDS)) % len(PERTURBATIONS)]
             extra |= {"perturbation_type": kind, "unperturbed": text}
             text = PERTURBATIONS[kind](text, random.Random(f"{seed}-{index}"))
         records.append(prompt_record(spec, text, identity, **extra))

@@ -97,13 +97,15 @@ def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | No
     if name == "base":
         corpus = open_corpus(data, "train", seed=seed, cache=cache)
         base, history, kept = pretrain.build_base(corpus, configs["pretrain"], seed=seed, checkpoint=state)
-        base.save(folder, seed=seed, clips=len(corpus), variance_kept=kept, **plain(configs["pretrain"]))
+        made = {"clips": len(corpus), "world_seed": data.world_seed, "variance_kept": kept}
+        base.save(folder, seed=seed, **made, **plain(configs["pretrain"]))
     elif name == "judge":
         judge, history = train_judge(rewards, data, seed=seed, checkpoint=state)
-        judge.save(folder, seed=seed, scenes=scene_seed(name, seed), clips=data.judge_clips, steps=rewards.judge_steps)
+        made = {key: value for key, value in plain(rewards).items() if key.startswith("judge_")}
+        judge.save(folder, seed=seed, scenes=scene_seed(name, seed), clips=data.judge_clips, world_seed=data.world_seed, **made)
     else:
         trained, history = train_reward(name, rewards, data, seed=seed, checkpoint=state)
-        trained.card |= {"scenes": scene_seed(name, seed), "clips": data.train_clips}
+        trained.card |= {"scenes": scene_seed(name, seed), "clips": data.train_clips, "world_seed": data.world_seed}
         trained.save(folder)
     return history
 
@@ -111,11 +113,11 @@ def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | No
 def build_all(names: Sequence[str], configs: dict, run, *, seed: int, cache: Path, workers: int = 2) -> dict[str, list[dict]]:
     """`build` for every name into `run.checkpoint(name)`; returns {name: history}.
 
-    On a CPU with several cores two are trained at a time, each in a process of its own on its share of the cores: networks of
-    this size gain little from a second thread. More than two would need more memory than a laptop has.
+    Everything runs on the CPU. With several cores two are trained at a time, each in a process of its own on its share of
+    them: networks of this size gain little from a second thread. More than two would need more memory than a laptop has.
     """
     places = {name: (run.checkpoint(name), run.state(name)) for name in names}
-    workers = 1 if torch.cuda.is_available() else min(workers, len(names), os.cpu_count() or 1)
+    workers = min(workers, len(names), os.cpu_count() or 1)
     if workers < 2:
         return {name: build(name, configs, seed=seed, folder=folder, state=state, cache=cache)
                 for name, (folder, state) in places.items()}
@@ -146,8 +148,8 @@ def _follow(futures: dict, logs: dict[str, Path], every: float = 5.0) -> None:
     waiting = set(futures.values())
     while waiting:
         done, waiting = wait(waiting, timeout=every, return_when=FIRST_EXCEPTION)
-        if any(future.exception() for future in done):
-            return
+        for future in done:
+            future.result()  # raises what ended it
         for name, log in logs.items():
             lines = log.read_text().splitlines() if log.is_file() else []
             if lines and lines[-1] != shown.get(name):

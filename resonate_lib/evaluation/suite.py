@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from resonate_lib import audio
+from resonate_lib import audio, versions
 from resonate_lib.data import scenes
 from resonate_lib.evaluation import metrics, report, ttabench
 from resonate_lib.models.generator import Generator
@@ -147,15 +147,38 @@ def save_clips(
     return rows
 
 
-def over_seeds(version, *, n: int = 2000) -> tuple[pd.DataFrame, str]:
-    """The headline table and its words over all seeds of a version: `seed*/metrics/tta_rows.csv`, prompts and seeds resampled.
+def real_and_procedural(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
+    """`metrics.summarise` of event F1 over recorded and over synthesised events, per setting and system."""
+    return metrics.summarise(rows, ["setting", "system"], metrics=("event_f1_real", "event_f1_procedural"), n=n)
+
+
+def over_parts(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
+    """`metrics.summarise` per part of the benchmark and system."""
+    return metrics.summarise(rows, ["part", "system"], metrics=("exact", "event_f1", "aqa"), n=n)
+
+
+def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]:
+    """Notebook 06's tables with intervals, by name, and its words, over all seeds of a version: the rows of
+    `seed*/metrics/tta_rows.csv` and `tta_parts_rows.csv`, prompts and seeds resampled.
 
     A version of one seed gives that one's. The words name whatever "best of" rows there are. FileNotFoundError when
     notebook 06 has not run in it.
     """
-    paths = sorted(Path(version).glob("seed*/metrics/tta_rows.csv")) or [Path(version) / "metrics" / "tta_rows.csv"]
-    if not paths[0].is_file():
-        raise FileNotFoundError(f"no tta_rows.csv in {version}: run notebook 06 first")
-    rows = pd.concat([pd.read_csv(path, keep_default_na=True, na_values=[""]) for path in paths], ignore_index=True)
+
+    def read(name: str) -> pd.DataFrame:
+        paths = sorted(Path(version).glob(f"seed*/metrics/{name}.csv")) or [Path(version) / "metrics" / f"{name}.csv"]
+        if not paths[0].is_file():
+            raise FileNotFoundError(f"no {name}.csv in {version}: run notebook 06 first")
+        return pd.concat([versions.read_table(path) for path in paths], ignore_index=True)
+
+    rows, parts = read("tta_rows"), read("tta_parts_rows")
     best = [system for system in rows["system"].unique() if system.startswith("best of ")]
-    return report.headline_table(rows, n=n), report.words(rows, alternatives=("base trained on", *best))
+    names = [name for name in (*metrics.HEADLINE, "reward_clap") if name in rows]
+    tables = {
+        "tta_headline": report.headline_table(rows, names=names, n=n),
+        "tta_by_kind": report.by_kind(rows, names=("exact", "event_f1")),
+        "tta_by_count_and_relation": report.by_count_and_relation(rows, names=("exact", "event_f1", "order")),
+        "tta_real_procedural": real_and_procedural(rows, n=n),
+        "tta_parts": over_parts(parts, n=n),
+    }
+    return tables, report.words(rows, alternatives=("base trained on", *best))

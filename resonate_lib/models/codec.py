@@ -7,6 +7,8 @@ import torch
 import torchaudio
 from torch import nn
 
+AT_A_TIME = {True: 4, False: 64}  # clips decoded together, on a CPU or not
+
 
 def mel_basis(sample_rate: int, n_fft: int, bands: int, f_max: float | None = None) -> torch.Tensor:
     """Slaney mel filters (bands, n_fft // 2 + 1), unit peak-area norm as librosa gives them."""
@@ -66,8 +68,13 @@ class MelCodec(nn.Module):
         """Raw latents (B, N, C) -> waveforms (B, T) within ±0.99. `iterations` of fast Griffin-Lim: fewer are cheaper, rougher.
 
         A clip that would exceed full scale is brought down by one gain, so nothing is clipped and quiet clips keep their
-        level; limit=False leaves it as it is, for counting such clips.
+        level; limit=False leaves it as it is, for counting such clips. A few clips at a time: larger spectra than the
+        allocator keeps cost more in page faults than in arithmetic (64 at once take 2.5 times as long on a CPU).
         """
+        chunk = AT_A_TIME[latents.device.type == "cpu"]
+        return torch.cat([self._decode(part, iterations, limit) for part in latents.split(chunk)])
+
+    def _decode(self, latents, iterations, limit):
         spectrum = self.linear_spectrum(self.to_mel(latents.float()))
         audio = torchaudio.functional.griffinlim(
             spectrum, self.window, self.n_fft, self.hop, self.n_fft, power=1.0, n_iter=iterations, momentum=0.99,

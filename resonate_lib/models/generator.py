@@ -85,7 +85,7 @@ class Generator:
         normalised=False repeats the published RL code, which decoded normalised latents as if they were raw.
         """
         raw = self.network.unnormalize(latents.float()) if normalised else latents.float()
-        return torch.cat([self.codec.decode(part, iterations=iterations, limit=limit) for part in raw.split(32)])
+        return self.codec.decode(raw, iterations=iterations, limit=limit)
 
     def save(self, folder, *, half: bool = True, **facts):
         """network.safetensors, codec.safetensors, generator.json (configuration and the facts given). half: stored as float16."""

@@ -25,7 +25,8 @@ def minilm_folder() -> Path:
 class MiniLMEncoder(nn.Module):
     """MiniLM-L6 token states: text_f (B, length, 384) with zeros past the end, text_f_c (B, 384) their mean over real tokens.
 
-    length: fixed, so that what a prompt gives does not depend on its batch. More than `length` tokens is a ValueError.
+    length: fixed, and float32 whatever the caller's precision, so that what a prompt gives does not depend on its batch or on
+    who asks first. More than `length` tokens is a ValueError.
     """
 
     text_dim = 384
@@ -43,10 +44,11 @@ class MiniLMEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> Condition:
         states, pooled = [], []
-        for start in range(0, len(prompts), 256):
-            part = self._encode(prompts[start : start + 256])
-            states.append(part[0])
-            pooled.append(part[1])
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, len(prompts), 256):
+                part = self._encode(prompts[start : start + 256])
+                states.append(part[0])
+                pooled.append(part[1])
         return Condition(torch.cat(states), torch.cat(pooled))
 
     def _encode(self, prompts):

@@ -242,5 +242,6 @@ def fit_lalm(
     modules = {"model": model, "head": head, "optimizer": optimizer}
     history = fit(step, steps=steps, modules=modules, label="LALM", seed=seed, checkpoint=checkpoint)
     model.set_attn_implementation("sdpa")
-    card = card_of(shape, seed=seed, steps=steps, warmup_steps=warmup_steps, batch_size=batch_size)
+    card = card_of(shape, seed=seed, steps=steps, warmup_steps=warmup_steps, batch_size=batch_size,
+                   negatives_per_clip=negatives_per_clip)
     return LalmReward(model, processor, card=card | {"learning_rate": learning_rate}), history
