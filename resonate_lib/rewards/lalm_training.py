@@ -1,10 +1,11 @@
 """Training the small audio language model of `lalm` from nothing: first the audio tower on frame-level events, then
 questions and captions together.
 
-The template puts the clip first, so everything up to its end is the same for every question about it. A row therefore
-holds the clip once, followed by several questions that cannot see one another: each token attends to the shared prefix
-and to its own question, and counts its positions from the prefix's end. That equals separate sequences exactly and
-costs half (a test checks it against the model's own forward).
+The template puts the clip first, so everything up to its end is the same for every question about it, and so are the
+question's words up to the caption. A row therefore holds the clip once, that stem once, and then several captions that
+cannot see one another: each token attends to the shared prefix, the stem if it belongs to a question, and its own
+segment, and counts its positions from their end. That equals separate sequences exactly and costs less than half (a test
+checks it against the model's own forward).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from resonate_lib.rewards.lalm import (
 )
 
 POSITIVE, NEGATIVE, CAPTION = 0, 1, 2  # what an answer token belongs to
-PADDING = -1
+PADDING, PREFIX, STEM, DESCRIPTION = -1, 0, 1, 2  # whose a token is; questions count from 3
 
 
 def plain_attention(
@@ -77,17 +78,22 @@ class Packer:
         self.audio_count = self.prefix.count(processor.audio_token_id)
         self.yes, self.no = self.encode("Yes"), self.encode("No")
         self.end, self.pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+        self.stem = self.encode(self.asked.tail.partition("{caption}")[0].rstrip())
         self._known: dict[str, list[int]] = {}
 
     def _question(self, caption: str) -> list[int]:
+        """Token ids of the question from the caption on, without the stem."""
         if caption not in self._known:
             if len(self._known) > 50_000:
                 self._known.clear()
-            self._known[caption] = self.encode(self.asked.suffix(caption))
+            whole = self.encode(self.asked.suffix(caption))
+            if whole[: len(self.stem)] != self.stem:
+                raise ValueError(f"the question about {caption!r} does not begin with the same tokens as the others")
+            self._known[caption] = whole[len(self.stem) :]
         return self._known[caption]
 
     def segments(self, caption: str, false_captions: Sequence[str]) -> list[tuple[list[int], list[int], int]]:
-        """(prompt ids, answer ids, kind) of every question about one clip."""
+        """(prompt ids after the stem, answer ids, kind) of every question about one clip, and last the description."""
         rows = [(self._question(caption), self.yes, POSITIVE)]
         rows += [(self._question(false), self.no, NEGATIVE) for false in false_captions]
         return rows + [(self.encode(self.described.suffix()), [*self.encode(caption), self.end], CAPTION)]
@@ -103,23 +109,26 @@ class Packer:
 
         ids, positions, owner = stack(0, self.pad), stack(1, 0), stack(2, PADDING)
         earlier = torch.ones(length, length, dtype=torch.bool).tril()
-        # Padding attends to itself only, so no row of the mask is empty.
-        mask = earlier & ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None]))
+        seen, sees = owner[:, None, :], owner[:, :, None]
+        # Padding attends to itself and the prefix, so no row of the mask is empty.
+        mask = earlier & ((seen == PREFIX) | (seen == sees) | ((seen == STEM) & (sees > DESCRIPTION)))
         found = [(row, *answer) for row, (*_, answers) in enumerate(laid) for answer in answers]
         rows, columns, answers, kinds = torch.tensor(found).T
         return Packed(ids, positions, mask[:, None], rows, columns, answers, kinds)
 
     def _lay(self, segments: list[tuple[list[int], list[int], int]]) -> tuple[list, list, list, list]:
-        """One row: ids, positions, owner (0 the shared prefix, then 1, 2 … by segment), answers (column, token, kind)."""
-        start = len(self.prefix)
-        ids, positions, owner, answers = list(self.prefix), list(range(start)), [0] * start, []
-        for number, (prompt, answer, kind) in enumerate(segments, start=1):
+        """One row: ids, positions, owner, answers (column, token, kind)."""
+        common, asked = len(self.prefix), len(self.prefix) + len(self.stem)
+        ids, positions, answers = self.prefix + self.stem, list(range(asked)), []
+        owner = [PREFIX] * common + [STEM] * len(self.stem)
+        for number, (prompt, answer, kind) in enumerate(segments, start=DESCRIPTION + 1):
             first = len(ids) + len(prompt) - 1
             answers += [(first + k, token, kind) for k, token in enumerate(answer)]
             segment = prompt + answer[:-1]  # nothing is predicted from an answer's last token
+            start = common if kind == CAPTION else asked
             ids += segment
             positions += range(start, start + len(segment))
-            owner += [number] * len(segment)
+            owner += [DESCRIPTION if kind == CAPTION else number] * len(segment)
         return ids, positions, owner, answers
 
 
