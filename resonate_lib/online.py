@@ -167,8 +167,7 @@ def make_optimizer(network: FluxAudio, learning_rate: float) -> torch.optim.Adam
 def warm_up(optimizer: torch.optim.Optimizer, step: int, learning_rate: float, rounds: int) -> None:
     """Set the rate of round `step` (from 0): linear up to learning_rate over `rounds`, then constant; rounds=0: constant.
 
-    Adam's first steps have the full size in every weight, whatever the gradient: a kick in a random direction from which
-    an on-policy method never comes back.
+    Adam's first steps have the full size in every weight, whatever the gradient.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * min(1.0, (step + 1) / max(rounds, 1))

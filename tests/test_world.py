@@ -483,5 +483,17 @@ def test_two_trainings_at_a_time_give_what_one_alone_gives(tmp_path, capfd):
     for name in ("judge", "clap"):
         one, two = (load_file(next((tmp_path / f / name).glob("*.safetensors"))) for f in ("apart", "alone"))
         assert all(torch.allclose(one[key].float(), two[key].float(), rtol=1e-2, atol=1e-3) for key in one)
-    with pytest.raises(KeyError, match="nothing"):  # an error in one ends the other too
+    with pytest.raises(KeyError, match="nothing"):
         instruments.build_all(["judge", "nothing"], configs, run, seed=3, cache=tmp_path / "cache", workers=2)
+
+
+def test_an_error_in_one_training_is_raised_while_the_other_runs():
+    from concurrent.futures import Future
+
+    from resonate_lib.evaluation import instruments
+
+    running, failed = Future(), Future()
+    failed.set_exception(KeyError("nothing"))
+    with pytest.raises(KeyError, match="nothing"):
+        instruments._follow({"judge": running, "nothing": failed}, {})
+    assert not running.done()

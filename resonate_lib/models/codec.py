@@ -7,7 +7,7 @@ import torch
 import torchaudio
 from torch import nn
 
-AT_A_TIME = {True: 4, False: 64}  # clips decoded together, on a CPU or not
+AT_A_TIME = 4  # clips decoded together
 
 
 def mel_basis(sample_rate: int, n_fft: int, bands: int, f_max: float | None = None) -> torch.Tensor:
@@ -71,8 +71,7 @@ class MelCodec(nn.Module):
         level; limit=False leaves it as it is, for counting such clips. A few clips at a time: larger spectra than the
         allocator keeps cost more in page faults than in arithmetic (64 at once take 2.5 times as long on a CPU).
         """
-        chunk = AT_A_TIME[latents.device.type == "cpu"]
-        return torch.cat([self._decode(part, iterations, limit) for part in latents.split(chunk)])
+        return torch.cat([self._decode(part, iterations, limit) for part in latents.split(AT_A_TIME)])
 
     def _decode(self, latents, iterations, limit):
         spectrum = self.linear_spectrum(self.to_mel(latents.float()))
