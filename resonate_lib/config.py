@@ -108,7 +108,7 @@ class PretrainConfig(Config):
     text_seq_len: int = knob(77, low=4, high=77)  # tokens a prompt may have; all are computed, so fewer are faster
     mlp_ratio: float = knob(2.0, above=0)  # published 4; 2 halves the time of a step at this width
     demo_steps: int = knob(40, low=1)  # of the demonstration where the base model is not trained anew
-    continued_steps: int = knob(300, low=1)  # the row "base trained on": about the wall time of the longest online run
+    continued_steps: int = knob(300, low=1)  # the row "base trained on": about the wall time of Flow-GRPO
     continued_learning_rate: float = knob(1e-4, above=0, high=1)  # its first rate, which falls as in pre-training
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
 
@@ -175,6 +175,7 @@ class GRPOConfig(Config):
     timestep_fraction: float = knob(0.99, above=0, high=1)  # share of the steps trained, counted from noise
     window: int = knob(0, low=0)  # stochastic steps a clip, from a random one on, siblings alike before; 0: all steps
     learning_rate: float = knob(1e-4, above=0, high=1)
+    trained: str = knob("all", choices=("all", "attention"))  # which weights, see `online.only`; published: all
     warmup_steps: int = knob(0, low=0)  # rounds until the learning rate is reached, linearly; published: 0
     clip_range: float = knob(1e-4, above=0, high=1)  # log-probs are means over dimensions, hence so small
     adv_clip: float = knob(5.0, above=0)
@@ -221,6 +222,7 @@ class NFTConfig(Config):
     num_steps: int = knob(10, low=1, high=1000)  # Euler steps per clip
     guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # of the sampling, by round in turn
     learning_rate: float = knob(3e-4, above=0, high=1)
+    trained: str = knob("all", choices=("all", "attention"))  # as for GRPO
     warmup_steps: int = knob(0, low=0)  # as for GRPO
     b: float = knob(1.0, above=0, high=1)  # strength of the implicit policies
     beta_kl: float = knob(1e-4, low=0)

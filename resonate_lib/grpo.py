@@ -25,6 +25,7 @@ from resonate_lib.online import (
     make_optimizer,
     mean_of,
     minibatches,
+    only,
     optimizer_step,
     reward_metrics,
     warm_up,
@@ -208,7 +209,6 @@ def train(
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta > 0 else None
     average = frozen_copy(network) if config.ema else network
-    optimizer = make_optimizer(network, config.learning_rate)
     sde = {"noise_level": config.noise_level, "kind": config.kind}
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
@@ -228,8 +228,10 @@ def train(
             callback(i, metrics)
         return metrics
 
-    modules = {"network": network, "optimizer": optimizer} | ({"average": average} if config.ema else {})
-    history = fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
-                  save_every=SAVE_EVERY)
+    with only(network, config.trained):
+        optimizer = make_optimizer(network, config.learning_rate)
+        modules = {"network": network, "optimizer": optimizer} | ({"average": average} if config.ema else {})
+        history = fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
+                      save_every=SAVE_EVERY)
     network.load_state_dict(average.state_dict())
     return history

@@ -22,6 +22,7 @@ from resonate_lib.online import (
     make_optimizer,
     mean_of,
     minibatches,
+    only,
     optimizer_step,
     reward_metrics,
     warm_up,
@@ -147,7 +148,6 @@ def train(
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta_kl > 0 else None
     old, average = frozen_copy(network), frozen_copy(network) if config.ema else network
-    optimizer = make_optimizer(network, config.learning_rate)
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
@@ -173,8 +173,10 @@ def train(
             callback(i, metrics)
         return metrics
 
-    modules = {"network": network, "optimizer": optimizer, "old": old} | ({"average": average} if config.ema else {})
-    history = fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
-                  save_every=SAVE_EVERY)
+    with only(network, config.trained):
+        optimizer = make_optimizer(network, config.learning_rate)
+        modules = {"network": network, "optimizer": optimizer, "old": old} | ({"average": average} if config.ema else {})
+        history = fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
+                      save_every=SAVE_EVERY)
     network.load_state_dict(average.state_dict())
     return history

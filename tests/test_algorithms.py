@@ -342,6 +342,24 @@ def test_train_changes_the_network_and_repeats_with_its_seed(module, config):
 
 
 @pytest.mark.parametrize(("module", "config"), LOOPS[:2], ids=LOOP_NAMES[:2])
+def test_attention_alone_is_trained_when_asked(module, config):
+    world = ToyGenerator()
+    before = {name: p.detach().clone() for name, p in world.network.named_parameters() if p.requires_grad}
+    module.train(world, toy_reward, RECORDS, dataclasses.replace(config, trained="attention", steps=2), seed=0)
+    after = {name: p for name, p in world.network.named_parameters() if p.requires_grad}
+    assert after.keys() == before.keys()  # what was left out can be trained again
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {"fused_blocks.0.attn.qkv.weight", "joint_blocks.0.text_block.adaLN_modulation.1.weight"} <= moved
+    audio = ("audio_input_proj", "fused_blocks.0.ffn", "fused_blocks.0.linear1", "latent_block.ffn", "final_layer.conv")
+    assert not [name for name in moved if any(part in name for part in audio)]
+
+
+def test_an_unknown_part_of_the_weights_is_an_error():
+    with pytest.raises(ValueError, match="trained='convs': allowed are all, attention"), online.only(small(), "convs"):
+        pass
+
+
+@pytest.mark.parametrize(("module", "config"), LOOPS[:2], ids=LOOP_NAMES[:2])
 def test_online_training_ends_with_the_average_of_its_rounds(module, config):
     world = ToyGenerator()
     by_hand = [weights(world.network)]

@@ -38,7 +38,7 @@ def test_yaml_exponent_becomes_a_float(params):
         ("global_std", "maybe", "not a yes or no"),
         ("kind", "sdee", "did you mean 'sde'?"),
         ("reward", 3, "not a text"),
-        ("minibatches", 1000, "more than the 144 clips"),
+        ("minibatches", 1000, "more than the 192 clips"),
         ("timestep_fraction", 0.05, "trains none of 10 steps"),
         ("lerning_rate", 1e-3, "did you mean 'learning_rate'?"),
     ],

@@ -155,6 +155,20 @@ def test_negatives_are_wrong_and_of_every_kind():
     assert seen == {"missing", "replaced", "swapped", "count"}
 
 
+def test_a_slip_sounds_one_event_twice_and_the_record_tells_it():
+    slipped = 0
+    for index in range(60):
+        _, record = scenes.make_scene(index, split="train", seed=0, slips=1.0)
+        _, plain = scenes.make_scene(index, split="train", seed=0)
+        heard = [event["name"] for event in record["events"]]
+        assert {name: heard.count(name) for name, _ in record["groups"]} == dict(record["groups"])
+        assert all(event["offset"] - event["onset"] > 0.05 for event in record["events"])
+        counts = [count for _, count in record["groups"]]
+        assert plain["kind"] == "count" or sum(counts) <= len(counts) + 1
+        slipped += plain["kind"] != "count" and max(counts) == 2
+    assert slipped > 20
+
+
 def test_negatives_for_training_hold_no_held_out_combination():
     random, seen = rng(8), set()
     for _ in range(500):
@@ -459,6 +473,21 @@ def test_roughen_changes_its_share_of_the_clips_and_repeats_with_its_seed():
 
     audio_one, changed = made(1)
     assert changed.sum() == 6
+    assert np.array_equal(audio_one, made(1)[0]) and not np.array_equal(audio_one, made(2)[0])
+
+
+def test_levels_vary_within_their_range_and_without_clipping():
+    from resonate_lib.evaluation.instruments import vary_level
+
+    def made(seed):
+        corpus = Corpus.from_scenes(24, seed=4, workers=1)
+        before = np.abs(corpus.audio).max(1) / 32767
+        vary_level(corpus, seed=seed)
+        return corpus.audio, before, np.abs(corpus.audio).max(1) / 32767
+
+    audio_one, before, after = made(1)
+    gains = 20 * np.log10(after / before)
+    assert -12.1 < gains.min() < -8 and gains.max() < 3.1 and gains.std() > 2 and after.max() <= 0.951
     assert np.array_equal(audio_one, made(1)[0]) and not np.array_equal(audio_one, made(2)[0])
 
 

@@ -40,11 +40,12 @@ class Corpus:
 
     @classmethod
     def from_scenes(cls, count: int, *, split="train", seed=0, world_seed=0, combinations=None,
-                    shares=scenes.KIND_SHARES, workers=None) -> "Corpus":
+                    shares=scenes.KIND_SHARES, slips=0.0, workers=None) -> "Corpus":
         """`count` scenes rendered straight into memory (the same scenes `make_corpus` would write), by `workers` processes:
         default torch's number of threads, at most 4."""
         audio, records = np.empty((count, scenes.SIZE), dtype=np.int16), []
-        make = partial(_scene16, split=split, seed=seed, world_seed=world_seed, combinations=combinations, shares=shares)
+        make = partial(_scene16, split=split, seed=seed, world_seed=world_seed, combinations=combinations, shares=shares,
+                       slips=slips)
         told, workers = time.monotonic(), workers or min(4, torch.get_num_threads())
         with ProcessPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool:
             for wave, record in pool.map(make, range(count), chunksize=32) if pool else map(make, range(count)):

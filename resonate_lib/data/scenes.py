@@ -29,7 +29,8 @@ SPLITS = ("train", "validation", "test")
 WORLD = hashlib.sha256(b"".join(Path(module).read_bytes() for module in (ev.__file__, __file__))).hexdigest()[:8]
 KINDS = ("single", "while", "followed by", "three", "count")
 KIND_SHARES = (0.24, 0.20, 0.26, 0.12, 0.18)
-REWARD_SHARES = (0.17, 0.17, 0.22, 0.12, 0.32)  # rewards need to hear more repetitions than there are
+CLAP_SHARES = (0.17, 0.17, 0.22, 0.12, 0.32)  # more repetitions than there are, for a reward that hears few of them
+LALM_SLIPS = 0.3  # of an LALM's scenes; without, P(yes) of a clip with one event too often is 0.63, with 0.47 (all right: 0.9)
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three"}
 TIMES_WORDS = {2: "twice", 3: "three times"}
 CLASSES = tuple(ev.EVENTS)
@@ -293,28 +294,54 @@ def _span(name, limit):
 
 def _together(spec, rng, split):
     """Two events that overlap: the shorter lies for the most part within the longer."""
-    waves = [(name, ev.render_event(name, rng, split)) for name in spec.names]
-    waves.sort(key=lambda item: -len(item[1]))
-    lengths = [len(wave) / SAMPLE_RATE for _, wave in waves]
+    parts = sorted(((name, *_in_a_row(name, count, rng, split)) for name, count in spec.groups), key=lambda part: -len(part[1]))
+    lengths = [len(wave) / SAMPLE_RATE for _, wave, _ in parts]
     start = rng.uniform(0, SECONDS - lengths[0])
     slack = lengths[0] - 0.8 * lengths[1]
     second = np.clip(start + rng.uniform(0, max(slack, 0.01)), 0, SECONDS - lengths[1])
     base = rng.uniform(-6, 0)
-    return [(waves[0][0], start, waves[0][1], base + rng.uniform(-2, 2)),
-            (waves[1][0], float(second), waves[1][1], base + rng.uniform(-2, 2))]
+    return [(name, float(onset) + first / SAMPLE_RATE, wave[first:last], base + rng.uniform(-2, 2))
+            for (name, wave, spans), onset in zip(parts, (start, second), strict=True) for first, last in spans]
+
+
+def _in_a_row(name, count, rng, split):
+    """One waveform of `count` occurrences, short ones when there are several, and each one's [first, last) in samples."""
+    if count == 1:
+        wave = ev.render_event(name, rng, split)
+        return wave, [(0, len(wave))]
+    pieces, spans, at = [], [], 0
+    for _ in range(count):
+        wave = ev.render_event(name, rng, split, seconds=min(0.5, rng.uniform(*_span(name, 0.5))))
+        gap = np.zeros(int(rng.uniform(0.12, 0.3) * SAMPLE_RATE), dtype=wave.dtype)
+        spans.append((at, at + len(wave)))
+        pieces += [wave, gap]
+        at += len(wave) + len(gap)
+    return np.concatenate(pieces[:-1]), spans
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------------
 
 
-def make_scene(index: int, *, split: str, seed: int, world_seed: int = 0,
-               combinations: str | None = None, shares: tuple[float, ...] = KIND_SHARES) -> tuple[np.ndarray, dict]:
+def slip(spec: Spec, rng: np.random.Generator) -> Spec:
+    """The spec with one event twice, as a generator may slip; itself where none can be counted or one already is."""
+    able = [i for i, (name, _) in enumerate(spec.groups) if name in COUNTABLE]
+    if not able or any(count > 1 for _, count in spec.groups):
+        return spec
+    index = _choose(rng, able)
+    return Spec(tuple((name, 2 if i == index else 1) for i, (name, _) in enumerate(spec.groups)), spec.relation)
+
+
+def make_scene(index: int, *, split: str, seed: int, world_seed: int = 0, combinations: str | None = None,
+               shares: tuple[float, ...] = KIND_SHARES, slips: float = 0.0) -> tuple[np.ndarray, dict]:
     """Scene number `index` of a corpus: audio (64000,) and its record without file fields. Same arguments, same scene.
 
-    combinations: which combinations of events occur: the split's own (default) or "all".
+    combinations: which combinations of events occur: the split's own (default) or "all". slips: share of the scenes that
+    get a `slip`; the record and its captions tell what is heard.
     """
     rng = np.random.default_rng([world_seed, SPLITS.index(split), seed, index])
     spec = sample_spec(rng, combinations or split, None, world_seed, shares)
+    if slips and rng.random() < slips:
+        spec = slip(spec, rng)
     audio, placed = render(spec, rng, split)
     captions = [caption(spec, rng) for _ in range(3)]
     record = {"id": f"{split}_{seed}_{index:06d}", "caption": captions[0], "captions": captions,

@@ -60,6 +60,19 @@ def roughen(corpus: Corpus, *, share: float = 2 / 3, noise: float = 0.3, iterati
             print(f"clips through the codec: {start + len(part)}/{len(chosen)}", flush=True)
 
 
+def vary_level(corpus: Corpus, *, lowest: float = -12.0, highest: float = 3.0, seed: int = 0) -> None:
+    """Give every clip of the corpus a random gain in dB, in place; none is driven past 0.95 of full scale.
+
+    Generated clips are 4 dB quieter than scenes. A reward that never heard quiet clips says yes to a clip more readily when it is
+    louder (P(yes) 0.55 at -6 dB, 0.68 at +6 dB, where the judge hears no improvement), and training makes it louder.
+    """
+    random = np.random.default_rng([seed, 93])
+    for index in range(len(corpus)):
+        clip = corpus.audio[index].astype(np.float32)
+        gain = min(10 ** (random.uniform(lowest, highest) / 20), 0.95 * 32767 / max(float(np.abs(clip).max()), 1.0))
+        corpus.audio[index] = np.rint(clip * gain).astype(np.int16)
+
+
 def train_judge(config, data, *, seed: int, checkpoint=None) -> tuple[Judge, list[dict]]:
     """A judge by a `RewardConfig`, on `data.judge_clips` scenes of all combinations: it must know every one of them."""
     number = scene_seed("judge", seed)
@@ -73,11 +86,12 @@ def train_judge(config, data, *, seed: int, checkpoint=None) -> tuple[Judge, lis
 
 def train_reward(name: str, config, data, *, seed: int, checkpoint=None) -> tuple[ClapReward | LalmReward, list[dict]]:
     """The reward model `name` (clap, lalm, clap_eval, lalm_eval) by a `RewardConfig`, on as many scenes as the base model,
-    two thirds of them roughened."""
+    two thirds of them roughened, all at various levels."""
     number = scene_seed(name, seed)
-    corpus = Corpus.from_scenes(data.train_clips, split="train", seed=number, world_seed=data.world_seed,
-                                shares=scenes.REWARD_SHARES)
+    make = {"shares": scenes.CLAP_SHARES} if name.startswith("clap") else {"slips": scenes.LALM_SLIPS}
+    corpus = Corpus.from_scenes(data.train_clips, split="train", seed=number, world_seed=data.world_seed, **make)
     roughen(corpus, seed=number)
+    vary_level(corpus, seed=number)
     if name.startswith("clap"):
         return fit_clap(corpus, steps=config.clap_steps, batch_size=config.clap_batch_size, seed=number,
                         learning_rate=config.clap_learning_rate, checkpoint=checkpoint)
