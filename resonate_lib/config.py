@@ -169,7 +169,7 @@ class GRPOConfig(Config):
     prompts_per_step: int = knob(16, low=1)
     group_size: int = knob(12, low=2, why="a group of one has no advantage; use 2 or more")  # clips per prompt
     num_steps: int = knob(10, low=2, high=1000)  # of the sampler, per clip
-    guidance_scale: float = knob(1.0, low=0, high=20)
+    guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # in sampling and training, by round in turn
     noise_level: float = knob(0.7, above=0, high=2)  # exploration; for kind cps at most 1
     kind: str = knob("sde", choices=("sde", "cps"))
     timestep_fraction: float = knob(0.99, above=0, high=1)  # share of the steps trained, counted from noise

@@ -141,7 +141,7 @@ def _step_loss(network, reference, rollouts: Rollouts, rows: Tensor, j: int, con
     trajectory, cond = rollouts.trajectory, rollouts.cond.index(rows)
     step = Step.of(trajectory, rows, j)
     with autocast(config.precision, step.x.device.type):
-        new = score_step(network, step, cond, config.guidance_scale)
+        new = score_step(network, step, cond, rollouts.guidance_scale)
     old_log_prob, adv = trajectory.log_probs[rows, j], rollouts.advantages[rows]
     loss, ratio = clipped_surrogate(
         new.log_prob, old_log_prob, adv, clip_range=config.clip_range, adv_clip=config.adv_clip
@@ -149,7 +149,7 @@ def _step_loss(network, reference, rollouts: Rollouts, rows: Tensor, j: int, con
     kl = torch.zeros(())
     if reference is not None:
         with torch.no_grad(), autocast(config.precision, step.x.device.type):
-            ref = score_step(reference, step, cond, config.guidance_scale)
+            ref = score_step(reference, step, cond, rollouts.guidance_scale)
         dt = float(step.t_next - step.t)
         kl = _transition_kl(new, ref, config.kl, dt=dt, sampler=step.kind)
         loss = loss + config.beta * kl
@@ -202,9 +202,9 @@ def train(
 
     records: dicts with prompt_text, config.prompts_per_step different ones a step, config.group_size clips each. The
     KL's reference is the network as it is when this is called (with a checkpoint: call it with the same start).
-    With config.ema, what remains at the end is the average of the weights over the rounds (`online.average_in`).
-    callback(i, metrics) runs after each step. Metrics: `online.reward_metrics` and `update`. Source: the published
-    trainer's loop.
+    The rounds take config.guidance_scales in turn. With config.ema, what remains at the end is the average of the
+    weights over the rounds (`online.average_in`). callback(i, metrics) runs after each step. Metrics:
+    `online.reward_metrics` and `update`. Source: the published trainer's loop.
     """
     network = generator.network.train()
     reference = frozen_copy(network) if config.beta > 0 else None
@@ -217,8 +217,8 @@ def train(
         rollouts = collect(
             generator, network, reward, chosen, group_size=config.group_size, steps=config.num_steps,
             sde={**sde, "window": draw_window(config, random)},
-            guidance_scale=config.guidance_scale, seed=draw_seed(random), decode_iterations=config.decode_iterations,
-            precision=config.precision,
+            guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random),
+            decode_iterations=config.decode_iterations, precision=config.precision,
         )  # fmt: skip
         rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
         metrics = reward_metrics(rollouts) | update(network, optimizer, reference, rollouts, config, random)

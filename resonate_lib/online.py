@@ -22,9 +22,9 @@ SAVE_EVERY = 5  # steps between saved training states: a step takes seconds, so 
 class Rollouts:
     """n = prompts * group_size clips, siblings adjacent.
 
-    latents (n, N, C) final, in network space; cond the n conditions; rewards (n,) float32; parts name -> (n,) what the
-    reward is made of; group_ids (n,); advantages (n,) float64 or None before they are computed; trajectory only with
-    an SDE; audio (n, T) as the reward heard it.
+    latents (n, N, C) final, in network space, sampled with guidance_scale; cond the n conditions; rewards (n,) float32;
+    parts name -> (n,) what the reward is made of; group_ids (n,); advantages (n,) float64 or None before they are
+    computed; trajectory only with an SDE; audio (n, T) as the reward heard it.
     """
 
     latents: Tensor
@@ -36,6 +36,7 @@ class Rollouts:
     trajectory: samplers.Trajectory | None
     prompts: list[str]
     audio: Tensor
+    guidance_scale: float
 
     @property
     def groups(self) -> int:
@@ -118,7 +119,7 @@ def collect(
     audio = generator.decode(latents, iterations=decode_iterations)
     result = reward(audio, generator.sample_rate, prompts, metadata)
     return Rollouts(
-        latents, cond, result.scores.float().cpu(), result.parts, group_ids, None, trajectory, prompts, audio
+        latents, cond, result.scores.float().cpu(), result.parts, group_ids, None, trajectory, prompts, audio, guidance_scale
     )
 
 

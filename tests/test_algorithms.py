@@ -17,7 +17,7 @@ from resonate_lib.models.flux_audio import Condition
 RECORDS = [{"prompt_text": f"sound {i}", "wanted": i / 6} for i in range(6)]
 PLAIN = {"decode_iterations": 1, "precision": "float32"}
 GRPO = GRPOConfig(
-    steps=2, prompts_per_step=3, group_size=4, num_steps=4, learning_rate=1e-3, guidance_scale=2.0, ema=0.5, **PLAIN
+    steps=2, prompts_per_step=3, group_size=4, num_steps=4, learning_rate=1e-3, guidance_scales=(2.0,), ema=0.5, **PLAIN
 )
 NFT = NFTConfig(steps=2, prompts_per_step=3, group_size=4, num_steps=4, learning_rate=1e-3, **PLAIN)
 DPO = DPOConfig(steps=2, pairs=10, batch_size=4, num_steps=4, learning_rate=1e-3, **PLAIN)
@@ -138,8 +138,8 @@ def test_golden_grpo_gradient(golden, j):
         path["all_latents"].transpose(0, 1), path["log_probs"].T, path["noises"].transpose(0, 1), path["timesteps"],
         list(range(10)), 0.7, "sde",
     )  # fmt: skip
-    rollouts = SimpleNamespace(trajectory=trajectory, cond=cond, advantages=d["advantages"])
-    config = dataclasses.replace(GRPO, guidance_scale=4.5, beta=0.04, kl="paper", num_steps=10)
+    rollouts = SimpleNamespace(trajectory=trajectory, cond=cond, advantages=d["advantages"], guidance_scale=4.5)
+    config = dataclasses.replace(GRPO, beta=0.04, kl="paper", num_steps=10)
     step = grpo.Step.of(trajectory, torch.arange(3), j)
     new = grpo.score_step(network, step, cond, 4.5)
     assert relative(new.mean, d[f"step{j}.mean"]) < 1e-3
@@ -307,16 +307,18 @@ def test_gains_compare_whole_turns():
     assert rows[-1]["clips"] == 200
 
 
-def test_nft_rounds_take_the_guidances_in_turn(monkeypatch):
+@pytest.mark.parametrize(("module", "config"), [(grpo, GRPO), (nft, NFT)], ids=["grpo", "nft"])
+def test_rounds_take_the_guidances_in_turn(module, config, monkeypatch):
     taken = []
 
     def listening(*arguments, guidance_scale, **options):
         taken.append(guidance_scale)
         return online.collect(*arguments, guidance_scale=guidance_scale, **options)
 
-    monkeypatch.setattr(nft, "collect", listening)
-    config = dataclasses.replace(NFT, steps=3, guidance_scales=(1.0, 2.0))
-    nft.train(ToyGenerator(), toy_reward, RECORDS, config, seed=0)
+    monkeypatch.setattr(module, "collect", listening)
+    config = dataclasses.replace(config, steps=3, guidance_scales=(1.0, 2.0))
+    history = module.train(ToyGenerator(), toy_reward, RECORDS, config, seed=0)
+    assert all(row.get("first_ratio_deviation", 0.0) < 1e-6 for row in history)
     assert taken == [1.0, 2.0, 1.0]
 
 

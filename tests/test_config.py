@@ -34,7 +34,7 @@ def test_yaml_exponent_becomes_a_float(params):
         ("learning_rate", "fast", "not a number"),
         ("learning_rate", "nan", "not finite"),
         ("learning_rate", 0, "use more than 0"),
-        ("guidance_scale", 21, "use 20 or less"),
+        ("noise_level", 21, "use 2 or less"),
         ("global_std", "maybe", "not a yes or no"),
         ("kind", "sdee", "did you mean 'sde'?"),
         ("reward", 3, "not a text"),
@@ -94,7 +94,7 @@ def test_shipped_profiles(profile):
 
 def test_paper_profile_has_the_published_numbers():
     grpo = resolve(GRPOConfig, "paper")
-    assert (grpo.group_size, grpo.num_steps, grpo.guidance_scale, grpo.noise_level) == (24, 10, 4.5, 0.7)
+    assert (grpo.group_size, grpo.num_steps, grpo.guidance_scales, grpo.noise_level) == (24, 10, (4.5,), 0.7)
     assert (grpo.beta, grpo.kl, grpo.clip_range, grpo.learning_rate) == (0.04, "paper", 1e-4, 1e-4)
     # flux_audio_m_44k: 7 heads of 64, 16 joint blocks of 52
     base = resolve(PretrainConfig, "paper")
