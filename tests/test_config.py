@@ -35,6 +35,7 @@ def test_yaml_exponent_becomes_a_float(params):
         ("learning_rate", "nan", "not finite"),
         ("learning_rate", 0, "use more than 0"),
         ("noise_level", 21, "use 2 or less"),
+        ("guidance_scales", "1,21", "use 20 or less"),
         ("global_std", "maybe", "not a yes or no"),
         ("kind", "sdee", "did you mean 'sde'?"),
         ("reward", 3, "not a text"),

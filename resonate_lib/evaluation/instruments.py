@@ -28,6 +28,7 @@ from resonate_lib.rewards.lalm_training import fit_lalm
 
 JUDGE_SCENES = 100  # + seed; its threshold is frozen on validation scenes of the same number
 SCENES = {"lalm": 300, "clap": 400, "lalm_eval": 500, "clap_eval": 600}  # + 10 * seed
+LEVELS = (-12.0, 3.0)  # dB, lowest and highest gain of a reward's training clips
 TOWER_FIRST = 250  # steps of the LALM's audio tower alone, at most an eighth of all steps
 
 
@@ -60,8 +61,8 @@ def roughen(corpus: Corpus, *, share: float = 2 / 3, noise: float = 0.3, iterati
             print(f"clips through the codec: {start + len(part)}/{len(chosen)}", flush=True)
 
 
-def vary_level(corpus: Corpus, *, lowest: float = -12.0, highest: float = 3.0, seed: int = 0) -> None:
-    """Give every clip of the corpus a random gain in dB, in place; none is driven past 0.95 of full scale.
+def vary_level(corpus: Corpus, *, seed: int = 0) -> None:
+    """Give every clip of the corpus a random gain within LEVELS, in place; none is driven past 0.95 of full scale.
 
     Generated clips are 4 dB quieter than scenes. A reward that never heard quiet clips says yes to a clip more readily when it is
     louder (P(yes) 0.55 at -6 dB, 0.68 at +6 dB, where the judge hears no improvement), and training makes it louder.
@@ -69,7 +70,7 @@ def vary_level(corpus: Corpus, *, lowest: float = -12.0, highest: float = 3.0, s
     random = np.random.default_rng([seed, 93])
     for index in range(len(corpus)):
         clip = corpus.audio[index].astype(np.float32)
-        gain = min(10 ** (random.uniform(lowest, highest) / 20), 0.95 * 32767 / max(float(np.abs(clip).max()), 1.0))
+        gain = min(10 ** (random.uniform(*LEVELS) / 20), 0.95 * 32767 / max(float(np.abs(clip).max()), 1.0))
         corpus.audio[index] = np.rint(clip * gain).astype(np.int16)
 
 
@@ -86,7 +87,7 @@ def train_judge(config, data, *, seed: int, checkpoint=None) -> tuple[Judge, lis
 
 def train_reward(name: str, config, data, *, seed: int, checkpoint=None) -> tuple[ClapReward | LalmReward, list[dict]]:
     """The reward model `name` (clap, lalm, clap_eval, lalm_eval) by a `RewardConfig`, on as many scenes as the base model,
-    two thirds of them roughened, all at various levels."""
+    two thirds of them roughened, all at various levels; an LALM's with slips. KeyError for another name."""
     number = scene_seed(name, seed)
     make = {"shares": scenes.CLAP_SHARES} if name.startswith("clap") else {"slips": scenes.LALM_SLIPS}
     corpus = Corpus.from_scenes(data.train_clips, split="train", seed=number, world_seed=data.world_seed, **make)
