@@ -275,6 +275,7 @@ def test_robustness_changes_the_text_and_keeps_the_meaning():
 def test_training_prompts_hold_no_held_out_combination():
     records = prompts.rl_prompts(300, seed=1)
     assert all(scenes.combination_split(scenes.Spec.of(record)) == "train" for record in records)
+    assert {record["kind"] for record in records} == set(prompts.BENCH_KINDS)
 
 
 def test_the_published_benchmark_is_read_as_it_is():
