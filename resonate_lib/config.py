@@ -108,7 +108,7 @@ class PretrainConfig(Config):
     text_seq_len: int = knob(77, low=4, high=77)  # tokens a prompt may have; all are computed, so fewer are faster
     mlp_ratio: float = knob(2.0, above=0)  # published 4; 2 halves the time of a step at this width
     demo_steps: int = knob(40, low=1)  # of the demonstration where the base model is not trained anew
-    continued_steps: int = knob(300, low=1)  # the row "base trained on": about the wall time of Flow-GRPO
+    continued_steps: int = knob(300, low=1)  # the row "base trained on": about the wall time of the longest online run
     continued_learning_rate: float = knob(1e-4, above=0, high=1)  # its first rate, which falls as in pre-training
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
 
@@ -379,6 +379,7 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     """
     if typing.get_origin(kind) is tuple:
         items = value.strip("[]() ").split(",") if isinstance(value, str) else value
+        items = [items] if isinstance(items, (int, float)) and not isinstance(items, bool) else items  # one number is a list of one
         if not isinstance(items, (list, tuple)) or not items:
             raise ValueError(f"{name}={value!r}: not a list; write values such as 1,2,3")
         return tuple(coerce(name, item, typing.get_args(kind)[0]) for item in items)

@@ -1,7 +1,7 @@
 """What every online algorithm shares: draw prompts, sample groups of clips, hear them with the reward, compare within
 groups.
 
-No gradients here, and no algorithm: `grpo.py`, `nft.py` and `dpo.py` decide what to learn from the rollouts.
+No loss here: `grpo.py`, `nft.py` and `dpo.py` decide what to learn from the rollouts.
 """
 
 import contextlib

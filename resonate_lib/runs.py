@@ -15,11 +15,13 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import numbers
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,17 @@ class Run:
         merge = isinstance(value, dict) and isinstance(notes.get(key), dict)
         notes[key] = {**notes[key], **value} if merge else value
         record.write_json(path, notes)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Note the seconds of the block under `wall_s`, with those of the steps that `state(name)` holds from before an
+        interruption.
+        """
+        from resonate_lib import training  # imports torch, which listing and checking runs does without
+
+        before, began = training.seconds_done(self.state(name)), time.monotonic()
+        yield
+        self.record("wall_s", {name: round(before + time.monotonic() - began, 1)})
 
     def write_metrics(self, name: str, content: Any) -> pd.DataFrame:
         """Write a table (DataFrame or list of dicts) or a dict to `metrics/<name>.csv` and `.json`; returns it as

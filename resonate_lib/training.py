@@ -39,8 +39,10 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
     """Call step(i, generator) -> dict of numbers for i in 0..steps-1; returns the list of those dicts, each with its "step".
 
     modules: {name: object with state_dict and load_state_dict}, everything that changes (network, optimiser, old policy).
-    checkpoint: file of the state, written atomically every `save_every` steps and read back if it is there.
+    checkpoint: file of the state, written atomically every `save_every` steps and read back if it is there; it also holds
+    the seconds that its steps took (`seconds_done`).
     """
+    before = seconds_done(checkpoint)
     history, start = _restore(checkpoint, modules)
     began = told = time.monotonic()
     for index in range(start, steps):
@@ -48,7 +50,7 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
         now = time.monotonic()
         done = index + 1
         if checkpoint and (done % save_every == 0 or done == steps):
-            save_state(checkpoint, modules, history, done)
+            save_state(checkpoint, modules, history, done, before + now - began)
         if now - told > every_seconds or done == steps:
             told = now
             left = (now - began) / (done - start) * (steps - done)
@@ -61,11 +63,12 @@ def _clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def save_state(path, modules, history, done):
+def save_state(path, modules, history, done, seconds):
     """Write the training state atomically (tensors and plain values only, so that it loads with weights_only=True)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"modules": {name: module.state_dict() for name, module in modules.items()}, "history": history, "done": done}
+    state = {"modules": {name: module.state_dict() for name, module in modules.items()}, "history": history, "done": done,
+             "seconds": seconds}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         torch.save(state, temporary)
@@ -90,10 +93,24 @@ def atomic_folder(directory: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def seconds_done(path) -> float:
+    """Seconds that the steps in a state file took, over all interruptions; 0 where there is no file."""
+    return _load(path, mmap=True).get("seconds", 0.0)
+
+
+def history_done(path) -> list[dict] | None:
+    """The rows of the steps in a state file; None where there is no file."""
+    return _load(path, mmap=True).get("history")
+
+
+def _load(path, *, mmap=False):
+    return torch.load(path, weights_only=True, mmap=mmap) if path and Path(path).is_file() else {}
+
+
 def _restore(path, modules):
-    if not path or not Path(path).is_file():
+    state = _load(path)
+    if not state:
         return [], 0
-    state = torch.load(path, weights_only=True)
     if set(state["modules"]) != set(modules):
         raise ValueError(f"{path}: holds {', '.join(state['modules'])}, not {', '.join(modules)}: a state of other settings "
                          "or another version; delete it to start anew")

@@ -374,7 +374,14 @@ def test_online_training_ends_with_the_average_of_its_rounds(module, config):
     torch.testing.assert_close(weights(world.network), by_hand[-1])
 
 
-@pytest.mark.parametrize(("module", "config"), LOOPS, ids=LOOP_NAMES)
+ATTENTION = {"trained": "attention", "guidance_scales": (1.0, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [*LOOPS, (grpo, dataclasses.replace(GRPO, **ATTENTION)), (nft, dataclasses.replace(NFT, **ATTENTION))],
+    ids=[*LOOP_NAMES, "grpo attention", "nft attention"],
+)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(module, config, tmp_path):
     whole = ToyGenerator()
     module.train(whole, toy_reward, RECORDS, config, seed=3)
@@ -389,6 +396,14 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(module, config, tmp_path):
             checkpoint=tmp_path / "state.pt",
         )
     assert len(history) == 2 and torch.equal(weights(part.network), weights(whole.network))
+
+
+def test_what_is_left_out_can_be_trained_again_after_an_interrupt():
+    network = small()
+    with pytest.raises(KeyboardInterrupt), online.only(network, "attention"):
+        assert not all(p.requires_grad for p in network.parameters())
+        raise KeyboardInterrupt
+    assert all(p.requires_grad for p in network.parameters()) == all(p.requires_grad for p in small().parameters())
 
 
 @pytest.mark.parametrize(("module", "config"), LOOPS[:2], ids=LOOP_NAMES[:2])

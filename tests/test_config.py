@@ -54,6 +54,7 @@ def test_values_from_a_command_line():
     made = resolve(GRPOConfig, "tiny", steps="12", learning_rate="3e-4", global_std="false", kind="cps")
     assert (made.steps, made.learning_rate, made.global_std, made.kind) == (12, 3e-4, False, "cps")
     assert resolve(EvalConfig, "tiny", guidance_scales="1, 4.5").guidance_scales == (1.0, 4.5)
+    assert resolve(EvalConfig, "tiny", guidance_scales=2).guidance_scales == (2.0,)  # plain papermill makes it a number
 
 
 def test_checked_wherever_it_is_made():

@@ -4,13 +4,14 @@ import errno
 import json
 import multiprocessing
 import os
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from resonate_lib import doctor, record, runs, versions
+from resonate_lib import doctor, record, runs, training, versions
 from resonate_lib.config import GRPOConfig, resolve
 
 
@@ -263,3 +264,24 @@ def test_sources_cover_the_library_and_name_no_folder_of_the_machine():
     found = record.sources(runs.CHECKOUT, [runs.CHECKOUT / "notebooks" / "params" / "tiny.yaml"])
     assert "resonate_lib/config.py" in found and "notebooks/params/tiny.yaml" in found
     assert not any(path.startswith("/") for path in found)
+
+
+def test_seconds_of_a_training_count_from_before_an_interruption(tmp_path):
+    run = runs.Run(path=tmp_path, profile="tiny", seed=0, notebook="04")
+
+    def train(steps):
+        training.fit(lambda i, _: time.sleep(0.2) or {"loss": 0.0}, steps=steps, modules={}, label="x", checkpoint=run.state("nft"))
+
+    def noted():
+        return json.loads((tmp_path / "notes" / "04.json").read_text())["wall_s"]["nft"]
+
+    with pytest.raises(KeyboardInterrupt), run.timed("nft"):
+        train(2)
+        raise KeyboardInterrupt
+    assert not (tmp_path / "notes").exists()
+    with run.timed("nft"):
+        train(3)
+    assert noted() >= 0.6
+    with run.timed("nft"):
+        train(3)
+    assert noted() >= 0.6  # all steps were done before

@@ -169,6 +169,18 @@ def test_a_slip_sounds_one_event_twice_and_the_record_tells_it():
     assert slipped > 20
 
 
+def test_three_events_of_which_one_slips_end_before_the_scene_does(monkeypatch):
+    monkeypatch.setattr(scenes.ev, "render_event", lambda name, rng, split, seconds: np.ones(int(seconds * scenes.SAMPLE_RATE)))
+    slipped = 0
+    for index in range(4000):
+        rng = np.random.default_rng(index)
+        spec = scenes.slip(scenes.sample_spec(rng, "train", "three"), rng)
+        name, onset, wave, _ = scenes._layout(spec, rng, "train")[-1]
+        assert onset + len(wave) / scenes.SAMPLE_RATE <= scenes.SECONDS + 0.02, (spec, name)
+        slipped += any(count == 2 for _, count in spec.groups)
+    assert slipped > 1000
+
+
 def test_negatives_for_training_hold_no_held_out_combination():
     random, seen = rng(8), set()
     for _ in range(500):
@@ -490,6 +502,38 @@ def test_levels_vary_within_their_range_and_without_clipping():
     gains = 20 * np.log10(after / before)
     assert -12.1 < gains.min() < -8 and gains.max() < 3.1 and gains.std() > 2 and after.max() <= 0.951
     assert np.array_equal(audio_one, made(1)[0]) and not np.array_equal(audio_one, made(2)[0])
+
+
+@pytest.mark.parametrize("name", ["clap", "clap_eval", "lalm", "lalm_eval"])
+def test_rewards_learn_at_all_levels_and_lalms_from_slips(name, monkeypatch):
+    from resonate_lib import config
+    from resonate_lib.evaluation import instruments
+
+    done = []
+    monkeypatch.setattr(instruments.Corpus, "from_scenes", lambda count, **made: done.append(made) or "corpus")
+    for step in ("roughen", "vary_level"):
+        monkeypatch.setattr(instruments, step, lambda corpus, seed, step=step: done.append(step))
+    for fit in ("fit_clap", "fit_lalm"):
+        monkeypatch.setattr(instruments, fit, lambda corpus, fit=fit, **_: done.append(fit))
+    reward, data = (config.resolve(cls, "smoke") for cls in (config.RewardConfig, config.DataConfig))
+    instruments.train_reward(name, reward, data, seed=0)
+    made, *steps = done
+    lalm = name.startswith("lalm")
+    assert steps == ["roughen", "vary_level", "fit_lalm" if lalm else "fit_clap"]
+    assert made["split"] == "train" and made.get("slips", 0) == (scenes.LALM_SLIPS if lalm else 0)
+
+
+def test_a_finished_training_is_not_begun_again(tmp_path):
+    from resonate_lib import training
+    from resonate_lib.evaluation import instruments
+
+    rows = training.fit(lambda i, _: {"loss": 1.0}, steps=2, modules={}, label="x", checkpoint=tmp_path / "base.pt")
+    configs = {"data": None, "reward": None, "pretrain": None}  # any use of them would fail
+    (tmp_path / "base").mkdir()
+    one = {"seed": 0, "folder": tmp_path / "base", "cache": tmp_path}
+    assert instruments.build("base", configs, state=tmp_path / "base.pt", **one) == rows
+    with pytest.raises(AttributeError):
+        instruments.build("base", configs, state=tmp_path / "none.pt", **one)
 
 
 def test_two_trainings_at_a_time_give_what_one_alone_gives(tmp_path, capfd):

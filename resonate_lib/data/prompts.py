@@ -14,7 +14,7 @@ TTA_BENCH_FILES = {
     "fairness": "fairness_prompt.json", "bias": "bias_prompt.json", "toxicity": "toxicity_prompt.json"}
 EMBEDDED_PARTS = ("accuracy", "generalization", "robustness")
 BENCH_KINDS = ("while", "followed by", "three", "count")
-RL_SHARES = (0.0, 0.26, 0.26, 0.22, 0.26)  # of scenes.KINDS; a base that makes single events teaches nothing with them
+RL_SHARES = (0.0, 0.26, 0.26, 0.22, 0.26)  # of scenes.KINDS; no single events, which most bases already make
 RELATION_NAMES = {"single": "None", "while": "parallelism", "followed by": "sequence"}
 NEW_PATTERNS = {  # wordings that no training caption has
     "while": ["{0} together with {1}", "{1}, and all the while {0}"],

@@ -30,7 +30,8 @@ WORLD = hashlib.sha256(b"".join(Path(module).read_bytes() for module in (ev.__fi
 KINDS = ("single", "while", "followed by", "three", "count")
 KIND_SHARES = (0.24, 0.20, 0.26, 0.12, 0.18)
 CLAP_SHARES = (0.17, 0.17, 0.22, 0.12, 0.32)  # more repetitions than there are, for a reward that hears few of them
-LALM_SLIPS = 0.3  # of an LALM's scenes; without, P(yes) of clips with one event too often is 0.63, with 0.43 (all right: 0.9)
+LALM_SLIPS = 0.3  # tried on so many of an LALM's scenes, possible in under half of them: 13 % have one event too often;
+# without, P(yes) of clips with one event too often is 0.63, with 0.43 (all right: 0.9)
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three"}
 TIMES_WORDS = {2: "twice", 3: "three times"}
 CLASSES = tuple(ev.EVENTS)
@@ -269,13 +270,14 @@ def _layout(spec, rng, split):
         return _together(spec, rng, split)
     occurrences = [name for name, count in spec.groups for _ in range(count)]
     counts = dict(spec.groups)
+    plain = sum(count == 1 for count in counts.values())  # beside counted events these share what room is left
     room = (SECONDS - 0.15) / len(occurrences)
     longest = {1: 3.4, 2: 1.75, 3: 1.15}.get(len(occurrences), room)
     waves = []
     for name in occurrences:
         limit = 0.5 if counts[name] > 1 else longest
         if len(occurrences) > len(spec.groups) and counts[name] == 1:
-            limit = min(1.4, SECONDS - 0.3 - 0.66 * (len(occurrences) - 1))
+            limit = min(1.4, (SECONDS - 0.66 * (len(occurrences) - plain) - 0.3 * plain) / plain)
         waves.append(ev.render_event(name, rng, split, seconds=min(limit, rng.uniform(*_span(name, limit)))))
     gaps = rng.uniform(0.12, 0.3, len(waves) - 1)
     spare = SECONDS - sum(len(w) for w in waves) / SAMPLE_RATE - gaps.sum()
@@ -335,8 +337,8 @@ def make_scene(index: int, *, split: str, seed: int, world_seed: int = 0, combin
                shares: tuple[float, ...] = KIND_SHARES, slips: float = 0.0) -> tuple[np.ndarray, dict]:
     """Scene number `index` of a corpus: audio (64000,) and its record without file fields. Same arguments, same scene.
 
-    combinations: which combinations of events occur: the split's own (default) or "all". slips: share of the scenes that
-    get a `slip`; the record and its captions tell what is heard.
+    combinations: which combinations of events occur: the split's own (default) or "all". slips: share of the scenes on which
+    a `slip` is tried; the record and its captions tell what is heard.
     """
     rng = np.random.default_rng([world_seed, SPLITS.index(split), seed, index])
     spec = sample_spec(rng, combinations or split, None, world_seed, shares)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resonate_lib import pretrain
+from resonate_lib import pretrain, training
 from resonate_lib.config import plain
 from resonate_lib.data import scenes
 from resonate_lib.data.corpus import Corpus, open_corpus, to_int16
@@ -109,6 +109,8 @@ def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | No
     configs: "pretrain", "reward" and "data", the resolved dataclasses. state: the file a killed training goes on from.
     """
     data, rewards = configs["data"], configs["reward"]
+    if folder.is_dir() and (history := training.history_done(state)):  # saved after its last step, by the run that is resumed
+        return history
     if name == "base":
         corpus = open_corpus(data, "train", seed=seed, cache=cache)
         base, history, kept = pretrain.build_base(corpus, configs["pretrain"], seed=seed, checkpoint=state)
