@@ -301,7 +301,7 @@ def test_the_benchmark_over_seeds_pools_their_rows(folder):
     groups = versions.read_table(version / "metrics" / "tta_by_count_and_relation.csv")
     assert set(groups["event_relation"]) == {"None"} and (groups["seeds"] == 2).all() and groups["low"].notna().all()
     line = versions.pd.read_csv(version / "metrics" / "tta_headline.csv").set_index("system").loc["DPO"]
-    assert line["seeds"] == 2 and line["clips"] == 40 and line["exact_gain"] == 0.5
+    assert line["seeds"] == 2 and line["clips"] == 40 and line["exact_gain"] == 0.5 and line["event_f1_gain"] == 0
     assert 0.2 < line["exact_gain_low"] < 0.45 and 0.55 < line["exact_gain_high"] < 0.8
     words = json.loads((version / "metrics" / "tta_words.json").read_text())["words"]
     assert "20 prompts, 2 seeds" in words and "Of the alternatives, best of 2 beats base" in words

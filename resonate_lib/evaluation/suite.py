@@ -173,7 +173,7 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]
 
     rows, parts = read("tta_rows"), read("tta_parts_rows")
     best = [system for system in rows["system"].unique() if system.startswith("best of ")]
-    names = [name for name in (*metrics.HEADLINE, "reward_clap") if name in rows]
+    names = [name for name in (*metrics.HEADLINE, "reward_clap") if name in rows or name in metrics.RATIOS]
     tables = {
         "tta_headline": report.headline_table(rows, names=names, n=n),
         "tta_by_kind": report.by_kind(rows, names=("exact", "event_f1")),
