@@ -86,7 +86,7 @@ class DataConfig(Config):
     judge_clips: int = knob(8000, low=4)  # scenes of the independent judge; no other model hears them
     world_seed: int = knob(0, low=0)  # which event combinations are held out
     folder: str = ""  # your recordings; empty: the embedded world
-    captions: str = ""  # caption file inside `folder` (csv or jsonl with audio_path or audio_id, and caption)
+    captions: str = ""  # caption file, in `folder` or elsewhere (csv, tsv or jsonl with audio_path or audio_id, and caption)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from resonate_lib import config
 DATA = config.DataConfig.section
 DEFAULT_LAST = "07"  # 08 and later run with --all or --only
 RESERVED = {"profile": "--profile", "seed": "--seed", "run": "RESONATE_RESULTS"}
+FIRST_RECORDINGS = 64  # opened before a run starts
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -77,8 +78,34 @@ def check(
     data = {name: _absolute(name, value) for name, value in given[DATA].items()}
     if data:
         values = config.plain(config.resolve(config.DataConfig, profile, params_dir=params_dir, **data))
+        if values["folder"]:
+            values["captions"] = data["captions"] = str(_recordings(values["folder"], values["captions"]))
+            checked |= {n: mine | {"captions": values["captions"]} for n, mine in checked.items() if "captions" in declared[n]}
         checked[DATA] = {name: values[name] for name in data}
     return checked
+
+
+def _recordings(folder: str, captions: str) -> Path:
+    """The caption file, read once and its first recordings with it, so that a run of hours does not fall over it later.
+
+    It may lie in `folder`, which the recordings' paths start from, or anywhere else. Raises ValueError.
+    """
+    from resonate_lib import audio
+    from resonate_lib.data import audio_folder
+
+    if not captions:
+        raise ValueError(f"folder={folder!r} needs its caption file too: add -p captions FILE (.jsonl, .csv or .tsv)")
+    places = [Path(folder) / Path(captions).expanduser(), Path(captions).expanduser().resolve()]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(f"captions={captions!r}: no such file, neither in {folder} nor in {Path.cwd()}; check the path")
+    try:
+        records = audio_folder.load_manifest(path, audio_directory=folder)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    for record in records[:FIRST_RECORDINGS]:
+        audio.read(record["audio_path"])
+    return path
 
 
 def _spread(overrides: dict[str, Any], declared: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from resonate_lib import __main__ as cli
-from resonate_lib import batch, versions
+from resonate_lib import audio, batch, versions
 from resonate_lib.batch import Request
 
 PARAMETERS = 'profile: str = "tiny"\nseed: int = 0\nrun: str = None  # run folder\nsteps: int = None  # rounds\n'
@@ -308,10 +309,59 @@ def test_the_benchmark_over_seeds_pools_their_rows(folder):
     assert (version / "figures" / "tta_gains.png").stat().st_size > 1000 and "figures/tta_gains.png" in run["artefacts"]
 
 
-def test_data_that_a_later_notebook_cannot_use_is_refused_before_the_start(folder):
+RECORDINGS = "folder: str = None\ncaptions: str = None\n"
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """A folder with a good recording and three bad ones."""
+    place = tmp_path / "recordings"
+    audio.write(place / "good.wav", torch.zeros(1600), 16000)
+    (place / "empty.wav").write_bytes(b"")
+    (place / "corrupt.flac").write_bytes(bytes(range(256)) * 9)
+    (place / "cut.wav").write_bytes((place / "good.wav").read_bytes()[:2000])
+    return place
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("file,text\ngood.wav,a hiss", "found columns file, text; it needs `caption`"),
+        ("audio_path,caption\nempty.wav,a hiss", "empty.wav: the audio file is empty"),
+        ("audio_path,caption\ncorrupt.flac,a hiss", "corrupt.flac: not a readable audio file"),
+        ("audio_path,caption\ncut.wav,a hiss", "cut off before its stated end"),
+        ("audio_path,caption\ngone.wav,a hiss", "no recording at"),
+        ("audio_path,caption\n", "holds no entries"),
+        (None, "needs its caption file too"),
+    ],
+)
+def test_bad_recordings_start_nothing(folder, recordings, capsys, content, words):
+    write_notebook(folder, "01_a.ipynb", "1", parameters=PARAMETERS + RECORDINGS)
+    (recordings / "captions.csv").write_text(content or "")
+    given = [] if content is None else ["-p", "captions", "captions.csv"]
+    assert cli.main(["run", "-p", "folder", str(recordings), *given]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (folder.parent / "results").exists()
+
+
+def test_a_caption_file_may_lie_anywhere(folder, recordings, monkeypatch):
+    write_notebook(folder, "01_a.ipynb", "1", parameters=PARAMETERS + RECORDINGS)
+    monkeypatch.chdir(folder)
+    for place in (recordings, folder):
+        (place / f"{place.name}.csv").write_text("audio_path,caption\ngood.wav,a hiss\n")
+        given = {"folder": "../recordings", "captions": f"{place.name}.csv"}
+        plan = batch.make_plan(Request(overrides=given), results=folder.parent)
+        found = {"folder": str(recordings), "captions": str(place / f"{place.name}.csv")}
+        assert plan.parameters == {"01": found, "data": found}
+
+
+def test_data_that_a_later_notebook_cannot_use_is_refused_before_the_start(folder, recordings):
+    (recordings / "captions.csv").write_text("audio_path,caption\ngood.wav,a hiss\n")
     write_notebook(folder, "01_a.ipynb", OPEN)
     write_notebook(folder, "04_a.ipynb", OPEN)
-    for given, said in (({"folder": str(folder)}, "--only 01"), ({"world_seed": "1"}, "--from-scratch")):
+    mine = {"folder": str(recordings), "captions": "captions.csv"}
+    for given, said in ((mine, "--only 01"), ({"world_seed": "1"}, "--from-scratch")):
         with pytest.raises(ValueError, match=said):
             batch.start(Request(overrides=given))
         assert batch.start(Request(overrides=given, only=("01",)))[1]["status"] == "DONE"

@@ -25,9 +25,10 @@ class Corpus:
 
     @classmethod
     def from_manifest(cls, path, *, sample_rate=scenes.SAMPLE_RATE, seconds=scenes.SECONDS, split: str | None = None,
-                      world_seed: int = 0) -> "Corpus":
-        """What a caption file lists, read once; recordings are cut or zero-padded to `seconds`. split: only its recordings."""
-        records = audio_folder.load_manifest(path)
+                      world_seed: int = 0, audio_directory=None) -> "Corpus":
+        """What a caption file lists, read once; recordings are cut or zero-padded to `seconds`. split: only its recordings.
+        audio_directory: where relative paths start (default: the file's own folder)."""
+        records = audio_folder.load_manifest(path, audio_directory)
         if split is not None:
             records = [record for record in records if audio_folder.split_of(record) == split]
             if not records:
@@ -117,7 +118,8 @@ def corpus_manifest(config, split: str, *, seed: int, cache) -> Path:
 def open_corpus(config, split: str, *, seed: int, cache) -> Corpus:
     """The corpus of a `DataConfig`, read into memory from its `corpus_manifest`; of recordings in a folder, those of the split."""
     manifest = corpus_manifest(config, split, seed=seed, cache=cache)
-    return Corpus.from_manifest(manifest, split=split if config.folder else None, world_seed=config.world_seed)
+    return Corpus.from_manifest(manifest, split=split if config.folder else None, world_seed=config.world_seed,
+                                audio_directory=config.folder or None)
 
 
 def to_int16(audio):
