@@ -81,7 +81,7 @@ def check_event(name: str) -> Event:
     return EVENTS[name]
 
 
-SAID_OF_ANYTHING = set("a an the is of in it someone something person sounds sounding gives down falls falling runs running".split())
+SAID_OF_ANYTHING = set(["a", "an", "the", "is", "of", "in", "it", "someone", "something", "person", "sounds", "sounding", "gives", "down", "falls", "falling", "runs", "running"])
 
 
 def mentioned(text: str) -> list[str]:
