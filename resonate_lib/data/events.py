@@ -81,7 +81,10 @@ def check_event(name: str) -> Event:
     return EVENTS[name]
 
 
-SAID_OF_ANYTHING = set(["a", "an", "the", "is", "of", "in", "it", "someone", "something", "person", "sounds", "sounding", "gives", "down", "falls", "falling", "runs", "running"])
+SAID_OF_ANYTHING = {
+    "a", "an", "the", "is", "of", "in", "it", "someone", "something", "person", "sounds", "sounding", "emergency", "gives",
+    "down", "falls", "falling", "runs", "running",
+}  # fmt: skip
 
 
 def mentioned(text: str) -> list[str]:
