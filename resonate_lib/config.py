@@ -66,9 +66,10 @@ class SuiteConfig(Config):
 
     section: ClassVar[str] = "suite"
     world: str = knob("embedded", choices=("embedded", "folder"))  # synthetic scenes, or recordings with a caption file
-    weights: str = (
-        "tiny"  # folder in resonate_lib/weights, a hub id or a local directory: where untrained parts come from
-    )
+    weights: str = "tiny"  # where models come from: a folder in resonate_lib/weights, a hub id or a local directory
+    vae: str = ""  # published codec: a directory, file or hub id each; empty: in `weights`, else in the hub's cache
+    vocoder: str = ""
+    text: str = ""  # published text encoder, as vae
     sample_rate: int = knob(16000, low=8000, high=48000)  # Hz of the generator's audio
     seconds: float = knob(4.0, above=0, high=60)  # length of a clip
     disk_mb: int = knob(600, low=1)  # free space a run of this profile asks for before it starts
@@ -86,6 +87,7 @@ class DataConfig(Config):
     judge_clips: int = knob(8000, low=4)  # scenes of the independent judge; no other model hears them
     world_seed: int = knob(0, low=0)  # which event combinations are held out
     folder: str = ""  # your recordings; empty: the embedded world
+    prompt_list: str = ""  # prompts to train on (jsonl, csv or tsv with `prompt`); empty: the training captions
     captions: str = ""  # caption file, in `folder` or elsewhere (csv, tsv or jsonl with audio_path or audio_id, and caption)
 
 
@@ -137,8 +139,15 @@ class RewardConfig(Config):
     codec_clips: int = knob(128, low=2)  # of them sent through the codec
     recall_draws: int = knob(1000, low=2)  # of the CLAP's recall@1 among 10 captions
     base_prompts: int = knob(200, low=2)  # held-out prompts the base model is measured on
-    clap_source: str = "shipped"  # or a checkpoint file / hub id of a laion_clap model
-    lalm_source: str = "shipped"  # or a directory / hub id of a transformers audio language model
+    clap_source: str = "shipped"  # or a file, directory or hub id of a LAION-CLAP checkpoint
+    lalm_source: str = "shipped"  # or a directory or hub id of an audio language model, or a server (http://host:port/v1#model)
+    clap_eval_source: str = "shipped"  # as above, of the judges that no training hears; empty: not measured
+    lalm_eval_source: str = "shipped"
+    roberta_source: str = "roberta-base"  # directory or hub id: the tokenizer of LAION-CLAP
+    aesthetics_source: str = ""  # directory or hub id of AudioBox-Aesthetics; empty: not measured
+    lalm_quantisation: str = knob("", choices=("", "8bit", "4bit"))  # of the published judges, by bitsandbytes
+    lalm_offload: bool = False  # spread them over GPU, memory and disk
+    lalm_fallback: str = knob("sigmoid", choices=("sigmoid", "zero"))  # zero: the published rule where neither is answered
 
 
 @dataclass(frozen=True)

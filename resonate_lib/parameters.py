@@ -169,7 +169,7 @@ def _absolute(name: str, value: Any) -> Any:
     last = name.split("_")[-1]
     if last == "reward":
         return re.sub(r"[^+*]+\.py(?=:)", lambda match: str(_existing(name, match.group().strip())), value)
-    if name in ("folder", "tta_bench"):
+    if name in ("folder", "tta_bench", "prompt_list"):
         return str(_existing(name, value))
     if name in ("weights", "clap_source", "lalm_source") and Path(value).expanduser().exists():
         return str(_existing(name, value))

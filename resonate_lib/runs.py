@@ -22,14 +22,14 @@ import numbers
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from resonate_lib import record
-from resonate_lib.config import CHECKOUT, Config, SuiteConfig, derived, plain, resolve
+from resonate_lib.config import CHECKOUT, Config, RewardConfig, SuiteConfig, derived, plain, resolve
 from resonate_lib.versions import allocate, compare, find, results_dir, summarise, verify
 
 __all__ = [
@@ -84,6 +84,7 @@ class Run:
     scratch: bool = False  # opened without the runner
     from_version: Path | None = None
     from_scratch: bool = False  # nothing shipped may be used
+    loaded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # reward models, see `scorer`
 
     @property
     def metrics(self) -> Path:
@@ -161,10 +162,63 @@ class Run:
             print(f"note: the shipped base model is that of seed {seed}; run notebook 02 with this seed for one of its own")
             self.record("base_seed", seed)
 
-    def reward_sources(self, spec: str) -> dict[str, Path]:
-        """{"clap": folder, "lalm": folder} of those that a reward line names: what `rewards.load_reward` takes beside it."""
+    def generator(self, name: str = "base"):
+        """The `Generator` called `name`, from where `resolve_input` finds it.
+
+        Where the profile's weights are published ones, the base is theirs unless this run (or --from) trained one; the files
+        that it is made of are noted with their sha256.
+        """
+        from resonate_lib.models.generator import Generator
+
+        suite = resolve(SuiteConfig, self.profile)
+        places = {key: getattr(suite, key) or None for key in ("vae", "vocoder", "text")}
+        published = suite.world == "folder"
+        folder = self.resolve_input(name, optional=published and name == "base")
+        if folder is None:
+            made = Generator.load_published(suite.weights, seconds=suite.seconds, **places)
+        else:
+            made = Generator.load(folder, suite.weights if published else None, **places)
+        if made.parts:
+            self.record("inputs", made.provenance())
+        return made
+
+    def scorer(self, name: str, *, text=None):
+        """The reward model `name`: clap, lalm, or clap_eval, lalm_eval, which no training hears; made once a run.
+
+        A shipped (or here trained) one, or what `reward.<name>_source` names. text: the text encoder of a shipped CLAP. None where
+        the source is empty.
+        """
+        if name not in self.loaded:
+            self.loaded[name] = self._load_scorer(name, resolve(RewardConfig, self.profile), text)
+        return self.loaded[name]
+
+    def _load_scorer(self, name: str, config: RewardConfig, text):
+        source = getattr(config, f"{name}_source")
+        if source == "shipped":
+            from resonate_lib.rewards import load_reward
+
+            kind = name.removesuffix("_eval")
+            return load_reward(kind, text=text, **{kind: self.resolve_input(name)}).reward
+        if not source:
+            return None
+        self.record("inputs", {name: {"source": source}})
+        if name.startswith("clap"):
+            from resonate_lib.rewards.laion import LaionClapReward
+
+            return LaionClapReward.load(source, config.roberta_source)
+        from resonate_lib.rewards.omni import open_judge
+
+        if (Path(source) / "model_card.json").is_file():
+            return open_judge(source)  # the small judge of this package
+        here = {"quantisation": config.lalm_quantisation or None, "offload": config.lalm_offload}
+        return open_judge(source, fallback=config.lalm_fallback, **({} if source.startswith("http") else here))
+
+    def reward(self, spec: str, *, text=None):
+        """The reward that a line of configuration names (`rewards.load_reward`), of this run's models."""
+        from resonate_lib.rewards import load_reward
+
         named = {term.rpartition("*")[2].strip() for term in spec.split("+")}
-        return {name: self.resolve_input(name) for name in ("clap", "lalm") if name in named}
+        return load_reward(spec, **{name: self.scorer(name, text=text) for name in ("clap", "lalm") if name in named})
 
     def show(self, config: Config) -> Any:
         """Print the resolved values and the arithmetic that follows from them, note them, and return `config`."""

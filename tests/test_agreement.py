@@ -8,6 +8,7 @@ import torch
 
 from resonate_lib.data.corpus import Corpus
 from resonate_lib.evaluation import agreement
+from resonate_lib.evaluation.worlds import open_world
 from resonate_lib.rewards import RewardResult
 
 
@@ -48,7 +49,7 @@ def test_a_reward_that_knows_the_captions_is_right_everywhere():
         scores = torch.tensor([float(p in known) for p in prompts])
         return RewardResult(scores, {"p_yes_mass": torch.ones(len(prompts))})
 
-    rows = agreement.score_captions({"oracle": oracle}, corpus)
+    rows = agreement.score_captions({"oracle": oracle}, corpus, wrong=open_world("smoke").wrong_captions)
     table = agreement.accuracy_table(rows, {"oracle": 0.5})
     assert (rows["oracle_yes_mass"] == 1).all() and set(rows["clip"]) == set(range(6))
     assert (table[["balanced_accuracy", "auc", "pair_accuracy"]] == 1).all(axis=None)

@@ -8,7 +8,8 @@ import torch
 from resonate_lib.models.flux_audio import Condition
 from resonate_lib.rewards import Checked, RewardResult, WeightedMix, check_result, load_reward
 from resonate_lib.rewards import lalm as lalm_module
-from resonate_lib.rewards.clap import ClapConfig, ClapReward, SmallCLAP, fit_clap, info_nce, recall_at_1
+from resonate_lib.evaluation.accuracy import recall_hits
+from resonate_lib.rewards.clap import ClapConfig, ClapReward, SmallCLAP, fit_clap, info_nce
 from resonate_lib.rewards.lalm import (
     QUESTION,
     LalmReward,
@@ -230,14 +231,15 @@ def test_info_nce_by_hand():
     assert without.item() == 0.0
 
 
-def test_recall_at_1_counts_both_ways(clap, scene):
+def test_recall_counts_strict_wins(clap, scene):
     audio, captions = scene["audio"], scene["captions"]
     wrong = [list(row.values()) for row in scene["negatives"]]
-    by_caption = recall_at_1(clap, audio, captions, wrong)
-    others = torch.stack([audio[[j for j in range(6) if j != i]] for i in range(6)])
-    by_clip = recall_at_1(clap, audio, captions, others)
-    assert 0 <= by_caption <= 1 and 0 <= by_clip <= 1
-    assert recall_at_1(clap, audio, captions, [[c] for c in captions]) == 0.0  # ties are misses
+    sounds = clap.embed_audio(audio, 16000)
+    won = recall_hits(clap, sounds, captions, wrong)
+    own = clap(audio, 16000, captions).scores
+    best = torch.stack([max(clap(audio[i : i + 1], 16000, [text]).scores for text in row) for i, row in enumerate(wrong)]).flatten()
+    assert won.tolist() == (own > best).tolist()
+    assert not recall_hits(clap, sounds, captions, [[c] for c in captions]).any()  # ties are misses
 
 
 # LALM

@@ -36,7 +36,7 @@ def load_manifest(path, audio_directory=None) -> list[dict]:
         raise FileNotFoundError(f"no caption file at {path}: give a .jsonl, .csv or .tsv file with `audio_path` and `caption`")
     root = Path(audio_directory) if audio_directory else path.parent
     records = []
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in enumerate(rows(path), 1):
         caption = row.get("caption") or row.get("prompt")
         if not caption or not (row.get("audio_path") or row.get("audio_id")):
             raise ValueError(f"{path}, entry {number}: found columns {', '.join(map(str, row))}; it needs `caption` and "
@@ -49,7 +49,11 @@ def load_manifest(path, audio_directory=None) -> list[dict]:
     return records
 
 
-def _rows(path):
+def rows(path):
+    """The entries of a caption or prompt file as dicts: JSON lines, CSV or TSV, UTF-8. ValueError says what is wrong where."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}: give a .jsonl, .csv or .tsv file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ import torch
 
 from resonate_lib.data import audio_folder, scenes
 
+SHORTEST = 2.0  # seconds of a recording, as published
 LABEL_RATE = 25  # frames per second of the activity labels
 
 
@@ -24,15 +25,9 @@ class Corpus:
         return len(self.records)
 
     @classmethod
-    def from_manifest(cls, path, *, sample_rate=scenes.SAMPLE_RATE, seconds=scenes.SECONDS, split: str | None = None,
-                      world_seed: int = 0, audio_directory=None) -> "Corpus":
-        """What a caption file lists, read once; recordings are cut or zero-padded to `seconds`. split: only its recordings.
-        audio_directory: where relative paths start (default: the file's own folder)."""
-        records = audio_folder.load_manifest(path, audio_directory)
-        if split is not None:
-            records = [record for record in records if audio_folder.split_of(record) == split]
-            if not records:
-                raise ValueError(f"{path} has no recordings of the split {split!r}: add some, or a column `split`")
+    def from_manifest(cls, path, *, sample_rate=scenes.SAMPLE_RATE, seconds=scenes.SECONDS, world_seed: int = 0) -> "Corpus":
+        """What a caption file lists, read once; recordings are cut or zero-padded to `seconds`."""
+        records = audio_folder.load_manifest(path)
         audio = np.empty((len(records), round(sample_rate * seconds)), dtype=np.int16)
         for start in range(0, len(records), 256):
             batch = audio_folder.load_audio(records[start : start + 256], sample_rate=sample_rate, seconds=seconds)
@@ -56,6 +51,10 @@ class Corpus:
                     told = time.monotonic()
                     print(f"scenes of {split}: {len(records)}/{count}", flush=True)
         return cls(audio, records, scenes.SAMPLE_RATE, world_seed)
+
+    def first(self, count: int) -> "Corpus":
+        """Its first `count` clips (all where it has no more)."""
+        return Corpus(self.audio[:count], self.records[:count], self.sample_rate, self.world_seed)
 
     def waveforms(self, positions) -> torch.Tensor:
         """(B, T) float32 in [-1, 1]."""
@@ -105,21 +104,44 @@ class Corpus:
         return batch
 
 
+class LazyCorpus:
+    """Recordings and captions read from disk when asked for: a corpus too large for memory, with the same methods.
+
+    seconds: clips are cut or zero-padded to it. Recordings whose record states a `duration` under 2 s are left out, as in the
+    published loader; one that cannot be read is an error that names it (the published loader trains on silence instead).
+    """
+
+    def __init__(self, records: list[dict], *, sample_rate: int, seconds: float):
+        self.records = [record for record in records if float(record.get("duration") or SHORTEST) >= SHORTEST]
+        self.sample_rate, self.seconds = sample_rate, seconds
+        if not self.records:
+            raise ValueError(f"all {len(records)} recordings are shorter than {SHORTEST:g} s: nothing is left")
+
+    def __len__(self):
+        return len(self.records)
+
+    def waveforms(self, positions) -> torch.Tensor:
+        """(B, T) float32 in [-1, 1]."""
+        chosen = [self.records[position] for position in positions]
+        return audio_folder.load_audio(chosen, sample_rate=self.sample_rate, seconds=self.seconds)
+
+    def first(self, count: int) -> "LazyCorpus":
+        return LazyCorpus(self.records[:count], sample_rate=self.sample_rate, seconds=self.seconds)
+
+    captions = Corpus.captions
+
+
 def corpus_manifest(config, split: str, *, seed: int, cache) -> Path:
-    """The caption file of a `DataConfig`: the one in its `folder`, or that of scenes of the embedded world, written once
-    into `cache`/corpora. split: train, validation or test."""
-    if config.folder:
-        return Path(config.folder) / config.captions
+    """The caption file of the embedded world's scenes of a `DataConfig`, written once into `cache`/corpora. split: train,
+    validation or test."""
     count = getattr(config, f"{split}_clips")
     folder = Path(cache) / "corpora" / f"{split}-{count}-seed{seed}-world{config.world_seed}-{scenes.WORLD}"
     return scenes.make_corpus(folder, split=split, count=count, seed=seed, world_seed=config.world_seed)
 
 
 def open_corpus(config, split: str, *, seed: int, cache) -> Corpus:
-    """The corpus of a `DataConfig`, read into memory from its `corpus_manifest`; of recordings in a folder, those of the split."""
-    manifest = corpus_manifest(config, split, seed=seed, cache=cache)
-    return Corpus.from_manifest(manifest, split=split if config.folder else None, world_seed=config.world_seed,
-                                audio_directory=config.folder or None)
+    """The scenes of a `DataConfig` without a folder, read into memory from their `corpus_manifest`."""
+    return Corpus.from_manifest(corpus_manifest(config, split, seed=seed, cache=cache), world_seed=config.world_seed)
 
 
 def to_int16(audio):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resonate_lib.data import scenes
+from resonate_lib.data import audio_folder, scenes
 
 TTA_BENCH_FILES = {
     "accuracy": "acc_prompt.json", "generalization": "generalization_prompt.json", "robustness": "robustness_prompt.json",
@@ -46,6 +46,37 @@ def load_tta_bench(directory, part: str) -> list[dict]:
         some = ", ".join(odd[:5])
         warnings.warn(f"{path.name}: event_count differs from event_list in {len(odd)} records ({some})", stacklevel=2)
     return records
+
+
+def read_prompts(path) -> list[dict]:
+    """Prompts to train on or to listen to: JSON lines, CSV or TSV with `prompt` (or `caption`), as the published RL list has
+    them; recordings are not needed. Records with id, prompt_text and the file's other columns; equal texts once.
+
+    ValueError names the entry without a text.
+    """
+    records: dict[str, dict] = {}
+    for number, row in enumerate(audio_folder.rows(path), 1):
+        text = str(row.get("prompt") or row.get("caption") or "").strip()
+        if not text:
+            raise ValueError(f"{path}, entry {number}: found columns {', '.join(map(str, row))}; it needs `prompt` (or `caption`)")
+        identity = f"{row.get('audio_id') or 'prompt'}_{number:05d}"
+        records.setdefault(text, {**row, "id": identity, "prompt_text": text, "part": "list"})
+    if not records:
+        raise ValueError(f"{path} holds no entries: write one line a prompt")
+    return list(records.values())
+
+
+def caption_prompts(records: list[dict]) -> list[dict]:
+    """Prompts from the captions of recordings (`audio_folder.load_manifest`): the first caption of each, equal texts once.
+
+    id: the recording's file name and its place; `audio_path` stays, so that prompt and original can be compared.
+    """
+    found: dict[str, dict] = {}
+    for number, record in enumerate(records):
+        identity = f"{Path(record['audio_path']).stem}_{number:05d}"
+        prompt = {"id": identity, "prompt_text": record["caption"], "part": "captions", "audio_path": record["audio_path"]}
+        found.setdefault(record["caption"], prompt)
+    return list(found.values())
 
 
 def prompt_record(spec: scenes.Spec, text: str, identity: str, notes: str | None = None, **extra) -> dict:

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from resonate_lib.data import scenes
 from resonate_lib.evaluation import metrics, stats
 
 JUDGED = ("exact", "event_f1", "event_f1_real", "event_f1_procedural", "order")
+AT_A_TIME = 64  # clips read together
 HARD, CANDIDATES = 5, 10  # captions one draw chooses among, and how many of them are hard negatives
 
 
@@ -36,68 +39,89 @@ def judge_table(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
 def codec_table(codec, judge, corpus, positions, iterations: Sequence[int], *, n: int = 2000) -> pd.DataFrame:
     """What the judge recognises after the codec's round trip, by the decode's iterations, beside the originals.
 
-    Columns: decode, iterations, clips, exact with its interval, exact_kept (share of the originals' exact match),
-    event_f1, event_f1_real, event_f1_procedural, mel_error (mean absolute error of the compressed mel).
+    Columns: decode, iterations, clips, mel_error (mean absolute error of the compressed mel) and, with a judge (None: without),
+    exact with its interval, exact_kept (share of the originals' exact match), event_f1, event_f1_real, event_f1_procedural.
     """
     originals, records = corpus.waveforms(positions), [corpus.records[i] for i in positions]
     latents, mel = codec.encode(originals), codec.mel(originals)
     lines = []
     for rounds in (None, *iterations):
         audio = originals if rounds is None else codec.decode(latents, iterations=rounds)
-        rows = judge_rows(judge, audio, records)
-        exact = metrics.measure(rows, "exact", n=n)
-        line = {"decode": "originals" if rounds is None else f"{rounds} iterations", "iterations": rounds or 0,
-                "clips": len(rows), "exact": exact.mean, "exact_low": exact.low, "exact_high": exact.high}
-        first = lines[0]["exact"] if lines else exact.mean
-        line["exact_kept"] = exact.mean / first if first else float("nan")
-        for name in JUDGED[1:4]:
-            line[name] = metrics.measure(rows, name, n=n).mean
+        line = {"decode": "originals" if rounds is None else f"{rounds} iterations", "iterations": rounds or 0, "clips": len(records)}
+        if judge is not None:
+            line |= _recognised(judge_rows(judge, audio, records), lines, n)
         lines.append(line | {"mel_error": float((codec.mel(audio) - mel).abs().mean())})
     return pd.DataFrame(lines)
 
 
-def recall_draws(corpus, draws: int, *, seed: int = 0) -> tuple[list[int], list[str], list[list[str]]]:
+def _recognised(rows: pd.DataFrame, before: list[dict], n: int) -> dict:
+    exact = metrics.measure(rows, "exact", n=n)
+    first = before[0]["exact"] if before else exact.mean
+    kept = exact.mean / first if first else float("nan")
+    f1 = {name: metrics.measure(rows, name, n=n).mean for name in JUDGED[1:4]}
+    return {"exact": exact.mean, "exact_low": exact.low, "exact_high": exact.high, "exact_kept": kept, **f1}
+
+
+def recall_draws(corpus, draws: int, *, wrong, seed: int = 0) -> tuple[list[int], list[str], list[list[str]]]:
     """Draws for recall@1: clip positions, their true captions, and 9 other captions each, all different.
 
-    Five are hard (one event, the order or a count changed), four describe other scenes of the corpus.
+    Five come from wrong(record, rng) -> {kind: caption} (`worlds`), the rest describe other clips of the corpus. ValueError where
+    it has too few.
     """
     rng = np.random.default_rng([seed, 91])
+    if len({record["caption"] for record in corpus.records}) < CANDIDATES:
+        raise ValueError(f"recall@1 among {CANDIDATES} captions needs as many different ones: the {len(corpus)} clips have fewer")
     positions, captions, others = [], [], []
     for _ in range(draws):
         place = int(rng.integers(len(corpus)))
-        spec = scenes.Spec.of(corpus.records[place])
-        true, wrong = corpus.records[place]["caption"], {}
-        while len(wrong) < HARD:
-            wrong.update(dict.fromkeys(scenes.negatives(spec, rng).values()))
-        chosen = list(wrong)[:HARD]
+        record, chosen = corpus.records[place], {}
+        while len(chosen) < HARD:
+            chosen.update(dict.fromkeys(wrong(record, rng).values()))
+        chosen = dict.fromkeys(list(chosen)[:HARD])
         while len(chosen) < CANDIDATES - 1:
             other = corpus.records[int(rng.integers(len(corpus)))]
-            if not _same(scenes.Spec.of(other), spec) and other["caption"] not in chosen:
-                chosen.append(other["caption"])
+            if not _same(other, record):
+                chosen.setdefault(other["caption"])
         positions.append(place)
-        captions.append(true)
-        others.append(chosen)
+        captions.append(record["caption"])
+        others.append(list(chosen))
     return positions, captions, others
 
 
-def _same(a: scenes.Spec, b: scenes.Spec) -> bool:
-    """Whether two specs ask the same; the order of "while" does not matter."""
+def _same(a: dict, b: dict) -> bool:
+    """Whether two records ask the same; the order of "while" does not matter."""
+    if "groups" not in a or "groups" not in b:
+        return a["caption"] == b["caption"]
+    a, b = scenes.Spec.of(a), scenes.Spec.of(b)
     if a.relation != b.relation:
         return False
     return sorted(a.groups) == sorted(b.groups) if a.relation == "while" else a.groups == b.groups
 
 
-def recall_table(rewards, corpus, draws: int, *, seed: int = 0) -> pd.DataFrame:
-    """Recall@1 of each CLAP (name -> ClapReward): reward, draws, candidates, hard, recall_at_1, low, high, chance.
+def recall_hits(reward, sounds: Tensor, captions: Sequence[str], others: Sequence[Sequence[str]]) -> Tensor:
+    """(n,) bool: in which of n draws the clip's own caption has the strictly highest cosine (a tie is a miss).
+
+    sounds: (n, D) unit vectors of a CLAP (`embed_audio`); captions: the n right ones; others: the wrong ones of each draw.
+    """
+    texts = reward.embed_text(captions)
+    rivals = reward.embed_text([text for row in others for text in row]).split([len(row) for row in others])
+    best = torch.stack([(row * sound).sum(-1).max() for row, sound in zip(rivals, sounds, strict=True)])
+    return (sounds * texts).sum(-1) > best
+
+
+def recall_table(rewards, corpus, draws: int, *, wrong, seed: int = 0) -> pd.DataFrame:
+    """Recall@1 of each CLAP (name -> reward): reward, draws, candidates, hard, recall_at_1, low, high, chance.
 
     The interval resamples clips: draws of one clip belong together."""
-    from resonate_lib.rewards.clap import recall_hits
-
-    positions, captions, others = recall_draws(corpus, draws, seed=seed)
-    audio, lines = corpus.waveforms(positions), []
+    positions, captions, others = recall_draws(corpus, draws, wrong=wrong, seed=seed)
+    heard = sorted(set(positions))
+    row, lines = {place: i for i, place in enumerate(heard)}, []
+    hard = HARD if len(corpus) and "groups" in corpus.records[0] else 0
     for name, reward in rewards.items():
-        won = recall_hits(reward, audio, captions, others)
+        parts = [corpus.waveforms(heard[i : i + AT_A_TIME]) for i in range(0, len(heard), AT_A_TIME)]
+        sounds = torch.cat([reward.embed_audio(part, corpus.sample_rate) for part in parts])
+        won = recall_hits(reward, sounds[[row[place] for place in positions]], captions, others)
         share, low, high = stats.bootstrap_mean(won.float().numpy(), np.array(positions))
-        lines.append({"reward": name, "draws": draws, "candidates": CANDIDATES, "hard": HARD, "recall_at_1": share,
+        lines.append({"reward": name, "draws": draws, "candidates": CANDIDATES, "hard": hard, "recall_at_1": share,
                       "low": low, "high": high, "chance": 1 / CANDIDATES})
     return pd.DataFrame(lines)

@@ -6,14 +6,13 @@ Pure numbers and tables; the pictures are in `plots.py`. A reward may be any cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from resonate_lib.data import scenes
 from resonate_lib.evaluation import stats
 
 TRUE = "true"
@@ -21,17 +20,17 @@ ALL = "all kinds"
 CHUNK = 256  # clips heard at a time: 65 MB of sound
 
 
-def score_captions(rewards: Mapping[str, object], corpus, *, seed: int = 0) -> pd.DataFrame:
-    """Every clip of `corpus` against its true caption and each of its hard negatives, one row for each caption.
+def score_captions(rewards: Mapping[str, object], corpus, *, wrong: Callable, seed: int = 0) -> pd.DataFrame:
+    """Every clip of `corpus` against its true caption and each of its wrong ones, one row for each caption.
 
-    Columns: clip, kind ("true", missing, replaced, swapped, count), truth (1 or 0), caption, then one score per reward,
-    and `<reward>_yes_mass` where the reward gives `p_yes_mass` (the probability that yes and no hold together).
+    wrong(record, rng) -> {kind: caption}, as a world gives them (`worlds`). Columns: clip, kind ("true", or such as missing,
+    replaced, swapped, count), truth (1 or 0), caption, then one score per reward, and `<reward>_yes_mass` where the reward gives
+    `p_yes_mass` (the probability that yes and no hold together).
     """
     rng = np.random.default_rng([seed, 90])
     rows = []
     for clip, record in enumerate(corpus.records):
-        wrong = scenes.negatives(scenes.Spec.of(record), rng)
-        captions = {TRUE: record["caption"], **wrong}
+        captions = {TRUE: record["caption"], **wrong(record, rng)}
         rows += [{"clip": clip, "kind": kind, "truth": int(kind == TRUE), "caption": c} for kind, c in captions.items()]
     table = pd.DataFrame(rows)
     for name, reward in rewards.items():

@@ -164,11 +164,20 @@ class ClapReward:
     def __call__(
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
     ) -> RewardResult:
+        texts, sounds = self.embed_text(prompts), self.embed_audio(audio, sample_rate)
+        return RewardResult((sounds * texts).sum(-1).clamp(-1, 1))
+
+    @torch.no_grad()
+    def embed_audio(self, audio: Tensor, sample_rate: int) -> Tensor:
+        """audio (B, T) in [-1, 1] -> unit vectors (B, embedding) on the CPU."""
         config = self.model.config
         clips = to_clip(audio.float(), sample_rate, config.sample_rate, config.seconds)
-        texts = self.model.encode_text(prompts)
-        sounds = torch.cat([self.model.encode_audio(part) for part in clips.split(self.batch_size)])
-        return RewardResult((sounds * texts).sum(-1).clamp(-1, 1).cpu())
+        return torch.cat([self.model.encode_audio(part) for part in clips.split(self.batch_size)]).cpu()
+
+    @torch.no_grad()
+    def embed_text(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> unit vectors (B, embedding) on the CPU."""
+        return self.model.encode_text(prompts).cpu()
 
     def save(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json (the configuration and how it was trained)."""
@@ -311,27 +320,3 @@ def activity_loss(logits: Tensor, activity: Tensor) -> Tensor:
     averaged down to L frames."""
     target = F.adaptive_avg_pool1d(activity.float().transpose(1, 2), logits.shape[1]).transpose(1, 2)
     return F.binary_cross_entropy_with_logits(logits.float(), target)
-
-
-def recall_hits(
-    reward: ClapReward, audio: Tensor, captions: Sequence[str], distractors: Sequence[Sequence[str]] | Tensor
-) -> Tensor:
-    """(n,) bool: in which of n draws the right candidate has the strictly highest cosine (a tie is a miss).
-
-    audio: (n, T) at the model's rate, captions: its n captions. distractors as a tensor (n, k, T): text-to-audio, each
-    caption picks its clip among k others. As n lists of captions: each clip picks its caption among those.
-    """
-    model = reward.model.eval()
-    with torch.no_grad():
-        sounds = torch.cat([model.encode_audio(part) for part in audio.split(reward.batch_size)])
-        texts = model.encode_text(captions)
-        if isinstance(distractors, Tensor):
-            best = [(model.encode_audio(clips) @ text).max() for clips, text in zip(distractors, texts, strict=True)]
-        else:
-            best = [(model.encode_text(row) @ sound).max() for row, sound in zip(distractors, sounds, strict=True)]
-        return (sounds * texts).sum(-1) > torch.stack(best)
-
-
-def recall_at_1(reward: ClapReward, audio: Tensor, captions: Sequence[str], distractors) -> float:
-    """Share of `recall_hits`."""
-    return recall_hits(reward, audio, captions, distractors).float().mean().item()

@@ -1,0 +1,144 @@
+"""What a profile's world offers the notebooks: clips with captions, prompts to train on, prompts to be measured on, and what
+can be measured there.
+
+Two worlds with the same methods. `EmbeddedWorld`: scenes whose events are known, so that the independent judge can count
+them. `FolderWorld`: recordings with captions and the published benchmark, where models must judge.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from resonate_lib import runs
+from resonate_lib.config import DataConfig, EvalConfig, SuiteConfig, resolve
+from resonate_lib.data import audio_folder, prompts, scenes
+from resonate_lib.data.corpus import Corpus, LazyCorpus, open_corpus
+from resonate_lib.evaluation import suite
+from resonate_lib.evaluation.judge import Judge
+
+PARTS = ("accuracy", "generalization", "robustness")
+
+
+class EmbeddedWorld:
+    """Scenes of 18 events, each with its events known (`data.scenes`); prompts are combinations held out from training."""
+
+    knows_events = True
+    metric = "exact"  # what systems are compared by
+    metrics = ("exact", "event_f1", "order", "reward", "aqa", "clap")
+
+    def __init__(self, data: DataConfig):
+        self.data = data
+
+    def corpus(self, split: str, *, seed: int) -> Corpus:
+        """Clips of a split: train, validation or test."""
+        return open_corpus(self.data, split, seed=seed, cache=runs.cache_dir())
+
+    def rl_prompts(self, count: int, *, seed: int) -> list[dict]:
+        """At most `count` prompts of the training split."""
+        return prompts.rl_prompts(count, seed=seed, world_seed=self.data.world_seed)
+
+    def bench(self, part: str = "accuracy", split: str = "test", *, count: int, seed: int = 0) -> list[dict]:
+        """At most `count` prompts of one part of the benchmark."""
+        return prompts.embedded_bench(part, split=split, count=count, seed=seed, world_seed=self.data.world_seed)
+
+    def wrong_captions(self, record: dict, rng: np.random.Generator) -> dict[str, str]:
+        """{kind: caption} wrong for the clip in one detail: an event missing or replaced, the order swapped, a count changed."""
+        return scenes.negatives(scenes.Spec.of(record), rng)
+
+    def judge(self, run) -> dict:
+        """{"judge": the independent judge}, which counts events: a scorer of `ttabench.evaluate`."""
+        return {"judge": Judge.load(run.resolve_input("judge"))}
+
+    def originals(self, records: Sequence[dict], *, seed: int) -> torch.Tensor | None:
+        """What a perfect generator could give for these prompts: (B, T)."""
+        return suite.original_scenes(records, seed=seed)
+
+
+class FolderWorld:
+    """Recordings with a caption file, and TTA-Bench where its folder is given; which events a clip holds is not known.
+
+    Validation and test prompts are captions of those splits of the folder (`audio_folder.split_of`) unless TTA-Bench gives
+    the part. Training prompts are those of `data.prompt_list`, else the training split's captions.
+    """
+
+    knows_events = False
+    metric = "aqa"
+    metrics = ("aqa", "clap", "reward")
+
+    def __init__(self, data: DataConfig, *, sample_rate: int, seconds: float, tta_bench: str = ""):
+        if not data.folder or not data.captions:
+            raise ValueError("this profile needs recordings with captions: give -p folder DIR and -p captions FILE")
+        self.data, self.sample_rate, self.seconds, self.tta_bench = data, sample_rate, seconds, tta_bench
+
+    @cached_property
+    def records(self) -> list[dict]:
+        return audio_folder.load_manifest(Path(self.data.folder) / self.data.captions, self.data.folder)
+
+    def of_split(self, split: str) -> list[dict]:
+        """Records of a split. ValueError where there are none."""
+        found = [record for record in self.records if audio_folder.split_of(record) == split]
+        if not found:
+            raise ValueError(f"{self.data.captions} has no recordings of the split {split!r}: add some, or a column `split`")
+        return found
+
+    def corpus(self, split: str, *, seed: int) -> LazyCorpus:
+        return LazyCorpus(self.of_split(split), sample_rate=self.sample_rate, seconds=self.seconds)
+
+    def rl_prompts(self, count: int, *, seed: int) -> list[dict]:
+        listed = self.data.prompt_list
+        found = prompts.read_prompts(listed) if listed else prompts.caption_prompts(self.of_split("train"))
+        return _some(found, count, f"rl/{seed}")
+
+    def bench(self, part: str = "accuracy", split: str = "test", *, count: int, seed: int = 0) -> list[dict]:
+        """Parts other than accuracy are empty without TTA-Bench."""
+        if split == "test" and self.tta_bench:
+            return _some(prompts.load_tta_bench(self.tta_bench, part), count, f"{part}/{seed}")
+        return _some(prompts.caption_prompts(self.of_split(split)), count, f"{split}/{seed}") if part == "accuracy" else []
+
+    def wrong_captions(self, record: dict, rng: np.random.Generator) -> dict[str, str]:
+        """The caption of another recording: what a clip does not hold is known no better, and this is an easy one."""
+        others = self._captions
+        chosen = others[int(rng.integers(len(others)))]
+        while chosen == record["caption"]:
+            chosen = others[int(rng.integers(len(others)))]
+        return {"another clip's": chosen}
+
+    @cached_property
+    def _captions(self) -> list[str]:
+        found = list(dict.fromkeys(record["caption"] for record in self.records))
+        if len(found) < 2:
+            raise ValueError(f"all recordings of {self.data.captions} have one caption: nothing can be told apart")
+        return found
+
+    def judge(self, run) -> dict:
+        """Nothing: no judge here knows which events a recording holds."""
+        return {}
+
+    def originals(self, records: Sequence[dict], *, seed: int) -> torch.Tensor | None:
+        """The recordings whose captions these prompts are; None for prompts that have none."""
+        if not records or not all("audio_path" in record for record in records):
+            return None
+        return audio_folder.load_audio(records, sample_rate=self.sample_rate, seconds=self.seconds)
+
+
+def _some(records: list[dict], count: int, seed: str) -> list[dict]:
+    """`count` of the records at random, in their own order; all where there are no more."""
+    if len(records) <= count:
+        return records
+    kept = sorted(random.Random(seed).sample(range(len(records)), count))
+    return [records[i] for i in kept]
+
+
+def open_world(profile: str, **given) -> EmbeddedWorld | FolderWorld:
+    """The world of a profile. given: values of the data section that a notebook's parameters set."""
+    world, data = resolve(SuiteConfig, profile), resolve(DataConfig, profile, **given)
+    if world.world == "embedded":
+        return EmbeddedWorld(data)
+    bench = resolve(EvalConfig, profile).tta_bench
+    return FolderWorld(data, sample_rate=world.sample_rate, seconds=world.seconds, tta_bench=bench)
