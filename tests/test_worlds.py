@@ -75,7 +75,7 @@ def test_the_published_benchmark_gives_the_test_prompts(folder):
 
 def test_the_embedded_world_knows_its_events():
     world = worlds.open_world("smoke")
-    assert world.knows_events and world.metric == "exact"
+    assert world.knows_events and world.metrics[0] == "exact"
     records = world.bench("accuracy", "test", count=4)
     assert records == prompts.embedded_bench("accuracy", split="test", count=4)
     assert world.originals(records, seed=0).shape == (4, scenes.SIZE)

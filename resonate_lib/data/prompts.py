@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import warnings
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def read_prompts(path) -> list[dict]:
         text = str(row.get("prompt") or row.get("caption") or "").strip()
         if not text:
             raise ValueError(f"{path}, entry {number}: found columns {', '.join(map(str, row))}; it needs `prompt` (or `caption`)")
-        identity = f"{row.get('audio_id') or 'prompt'}_{number:05d}"
+        identity = f"{_slug(row.get('audio_id') or 'prompt')}_{number:05d}"
         records.setdefault(text, {**row, "id": identity, "prompt_text": text, "part": "list"})
     if not records:
         raise ValueError(f"{path} holds no entries: write one line a prompt")
@@ -73,10 +74,15 @@ def caption_prompts(records: list[dict]) -> list[dict]:
     """
     found: dict[str, dict] = {}
     for number, record in enumerate(records):
-        identity = f"{Path(record['audio_path']).stem}_{number:05d}"
+        identity = f"{_slug(Path(record['audio_path']).stem)}_{number:05d}"
         prompt = {"id": identity, "prompt_text": record["caption"], "part": "captions", "audio_path": record["audio_path"]}
         found.setdefault(record["caption"], prompt)
     return list(found.values())
+
+
+def _slug(name) -> str:
+    """A name that may stand in a file's name."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", str(name))[:60]
 
 
 def prompt_record(spec: scenes.Spec, text: str, identity: str, notes: str | None = None, **extra) -> dict:

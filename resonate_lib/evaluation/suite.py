@@ -26,14 +26,15 @@ FOLDERS = {
     "NFT": "nft",
 }
 BEST = "best guidance"
+EVENTS = ("exact", "event_f1")  # what the independent judge gives where events are known; else `worlds.measured`
 
 
 def load_systems(run, names: Sequence[str] = tuple(FOLDERS)) -> tuple[dict[str, Generator], list[str]]:
     """Every system of `names` that this run (or --from, or the shipped weights) has, and the names of those it has not.
 
-    run: a runs.Run. The base is needed (ValueError says where to get it). All share the base's text encoder.
+    run: a runs.Run. The base is needed (ValueError says where to get it). All share the base's text encoder and codec.
     """
-    systems, missing = {report.BASE: Generator.load(run.resolve_input("base"))}, []
+    systems, missing = {report.BASE: run.generator("base")}, []
     for name in names:
         if name == report.BASE:
             continue
@@ -41,9 +42,7 @@ def load_systems(run, names: Sequence[str] = tuple(FOLDERS)) -> tuple[dict[str, 
         if folder is None:
             missing.append(name)
             continue
-        systems[name] = Generator.load(folder)
-        systems[name].text = systems[report.BASE].text
-        systems[name]._known = systems[report.BASE]._known  # a prompt is encoded once for all of them
+        systems[name] = systems[report.BASE].with_network(folder)
     return systems, missing
 
 
@@ -57,18 +56,24 @@ def original_scenes(records: Sequence[dict], *, seed: int = 0) -> torch.Tensor:
 
 
 def pick_guidance(
-    systems: Mapping[str, Generator], records: Sequence[dict], scorers: Mapping, scales: Sequence[float], **settings
+    systems: Mapping[str, Generator],
+    records: Sequence[dict],
+    scorers: Mapping,
+    scales: Sequence[float],
+    *,
+    names: Sequence[str] = EVENTS,
+    **settings,
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Each system's guidance with the highest exact match on validation prompts, and the table of all that was tried.
+    """Each system's guidance with the highest names[0] on validation prompts, and the table of all that was tried.
 
-    Table: system, guidance, metric, mean, low, high, n, prompts, seeds. settings: as for `ttabench.evaluate`.
+    Table: system, guidance, metric (of names), mean, low, high, n, prompts, seeds. settings: as for `ttabench.evaluate`.
     """
     best, tables = {}, []
     for name, generator in systems.items():
-        best[name], rows = ttabench.best_guidance(generator, records, scorers, scales, label=name, **settings)
+        best[name], rows = ttabench.best_guidance(generator, records, scorers, scales, metric=names[0], label=name, **settings)
         tables.append(rows)
         print(f"{name}: best guidance {best[name]:g}", flush=True)
-    return best, metrics.summarise(pd.concat(tables), ["system", "guidance"], metrics=("exact", "event_f1"), n=400)
+    return best, metrics.summarise(pd.concat(tables), ["system", "guidance"], metrics=names, n=400)
 
 
 def evaluate_all(
@@ -78,12 +83,13 @@ def evaluate_all(
     *,
     best: Mapping[str, float] | None = None,
     best_of: int = 0,
+    metric: str = EVENTS[0],
     say: Callable[[str], None] = print,
     **settings,
 ) -> pd.DataFrame:
     """Rows of every system at guidance 1, and again at its own `best` guidance as the setting "best guidance".
 
-    best_of >= 2 adds the base's best of that many by `reward`. A system whose best guidance is 1 is not generated twice.
+    metric: what the lines of progress tell. best_of >= 2 adds the base's best of that many by `reward`. A system whose best guidance is 1 is not generated twice.
     settings: as for `ttabench.evaluate` (num_steps, seed, samples_per_prompt, batch_size, decode_iterations).
     """
     tasks = [(name, generator, 1) for name, generator in systems.items()]
@@ -101,20 +107,19 @@ def evaluate_all(
                     generator, records, scorers, guidance_scale=scale, label=name, best_of=candidates, **settings
                 )
             tables.append(done[scale].assign(setting=setting))
-            exact = metrics.measure(tables[-1], "exact", n=2).mean
-            say(f"{name}, {setting} ({scale:g}): exact {exact:.3f}")
+            say(f"{name}, {setting} ({scale:g}): {metric} {metrics.measure(tables[-1], metric, n=2).mean:.3f}")
     rows = pd.concat(tables, ignore_index=True)
     order = {"guidance 1": 0, BEST: 1}
     return rows.sort_values("setting", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
 
-def robustness(rows: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
-    """Exact match and event F1 on perturbed prompts, on the same prompts unperturbed, and their ratio, for each system."""
+def robustness(rows: pd.DataFrame, clean: pd.DataFrame, *, names: Sequence[str] = EVENTS) -> pd.DataFrame:
+    """Each metric of `names` on perturbed prompts, on the same prompts unperturbed, and their ratio, for each system."""
     lines = []
     for system, perturbed in rows.groupby("system", sort=False):
         line = {"system": system}
         baseline = clean[clean["system"] == system]
-        for metric in ("exact", "event_f1"):
+        for metric in names:
             a, b = (metrics.measure(part, metric, n=2).mean for part in (perturbed, baseline))
             line |= {metric: a, f"{metric}_clean": b, f"{metric}_ratio": ttabench.robustness_score(a, b)}
         lines.append(line)
@@ -152,9 +157,9 @@ def real_and_procedural(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
     return metrics.summarise(rows, ["setting", "system"], metrics=("event_f1_real", "event_f1_procedural"), n=n)
 
 
-def over_parts(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
+def over_parts(rows: pd.DataFrame, *, names: Sequence[str] = (*EVENTS, "aqa"), n: int = 2000) -> pd.DataFrame:
     """`metrics.summarise` per part of the benchmark and system."""
-    return metrics.summarise(rows, ["part", "system"], metrics=("exact", "event_f1", "aqa"), n=n)
+    return metrics.summarise(rows, ["part", "system"], metrics=names, n=n)
 
 
 def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]:
@@ -171,14 +176,21 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]
             raise FileNotFoundError(f"no {name}.csv in {version}: run notebook 06 first")
         return pd.concat([versions.read_table(path) for path in paths], ignore_index=True)
 
-    rows, parts = read("tta_rows"), read("tta_parts_rows")
+    rows = read("tta_rows")
     best = [system for system in rows["system"].unique() if system.startswith("best of ")]
-    names = [name for name in (*metrics.HEADLINE, "reward_clap") if name in rows or name in metrics.RATIOS]
+    names = [name for name in (*metrics.HEADLINE, "reward_clap") if measured(rows, name)]
+    short = [name for name in (*EVENTS, "aqa", "clap") if name in names]
     tables = {
         "tta_headline": report.headline_table(rows, names=names, n=n),
-        "tta_by_kind": report.by_kind(rows, names=("exact", "event_f1")),
-        "tta_by_count_and_relation": report.by_count_and_relation(rows, names=("exact", "event_f1", "order")),
-        "tta_real_procedural": real_and_procedural(rows, n=n),
-        "tta_parts": over_parts(parts, n=n),
+        "tta_by_count_and_relation": report.by_count_and_relation(rows, names=(*short[:2], *(["order"] if "order" in names else []))),
     }
-    return tables, report.words(rows, alternatives=("base trained on", *best))
+    if EVENTS[0] in names:
+        tables |= {"tta_by_kind": report.by_kind(rows, names=EVENTS), "tta_real_procedural": real_and_procedural(rows, n=n)}
+    if any(Path(version).glob("**/metrics/tta_parts_rows.csv")):
+        tables["tta_parts"] = over_parts(read("tta_parts_rows"), names=short[:3], n=n)
+    return tables, report.words(rows, metric=short[0] if short else names[0], alternatives=("base trained on", *best))
+
+
+def measured(rows: pd.DataFrame, metric: str) -> bool:
+    """Whether the rows hold values of this metric."""
+    return metric in rows.columns and rows[metric].notna().any() or metric in metrics.RATIOS and rows["tp"].notna().any()

@@ -29,7 +29,6 @@ class EmbeddedWorld:
     """Scenes of 18 events, each with its events known (`data.scenes`); prompts are combinations held out from training."""
 
     knows_events = True
-    metric = "exact"  # what systems are compared by
     metrics = ("exact", "event_f1", "order", "reward", "aqa", "clap")
 
     def __init__(self, data: DataConfig):
@@ -38,6 +37,10 @@ class EmbeddedWorld:
     def corpus(self, split: str, *, seed: int) -> Corpus:
         """Clips of a split: train, validation or test."""
         return open_corpus(self.data, split, seed=seed, cache=runs.cache_dir())
+
+    def clips(self, split: str, count: int, *, seed: int) -> Corpus:
+        """`count` scenes of a split that no corpus on disk holds."""
+        return Corpus.from_scenes(count, split=split, seed=900 + seed, world_seed=self.data.world_seed)
 
     def rl_prompts(self, count: int, *, seed: int) -> list[dict]:
         """At most `count` prompts of the training split."""
@@ -68,7 +71,6 @@ class FolderWorld:
     """
 
     knows_events = False
-    metric = "aqa"
     metrics = ("aqa", "clap", "reward")
 
     def __init__(self, data: DataConfig, *, sample_rate: int, seconds: float, tta_bench: str = ""):
@@ -89,6 +91,10 @@ class FolderWorld:
 
     def corpus(self, split: str, *, seed: int) -> LazyCorpus:
         return LazyCorpus(self.of_split(split), sample_rate=self.sample_rate, seconds=self.seconds)
+
+    def clips(self, split: str, count: int, *, seed: int) -> LazyCorpus:
+        """The first `count` clips of a split."""
+        return self.corpus(split, seed=seed).first(count)
 
     def rl_prompts(self, count: int, *, seed: int) -> list[dict]:
         listed = self.data.prompt_list
@@ -125,6 +131,24 @@ class FolderWorld:
         if not records or not all("audio_path" in record for record in records):
             return None
         return audio_folder.load_audio(records, sample_rate=self.sample_rate, seconds=self.seconds)
+
+
+def scorers(world, run, reward: str, *, text=None) -> dict:
+    """Who scores the benchmark's clips: the world's judge, the training reward (`reward`) and CLAP (`reward_clap`), and second
+    models that no training heard (`aqa`, `clap`); those without a source are left out. text: the encoder of shipped CLAPs."""
+    found = {
+        "reward": run.reward(reward, text=text),
+        "reward_clap": run.scorer("clap", text=text),
+        "aqa": run.scorer("lalm_eval"),
+        "clap": run.scorer("clap_eval", text=text),
+        "aesthetics": run.aesthetics(),
+    }
+    return world.judge(run) | {name: scorer for name, scorer in found.items() if scorer is not None}
+
+
+def measured(world, scorers: dict) -> tuple[str, ...]:
+    """The metrics that these scorers give, the one that systems are compared by first."""
+    return tuple(name for name in world.metrics if world.knows_events or name in scorers)
 
 
 def _some(records: list[dict], count: int, seed: str) -> list[dict]:
