@@ -60,11 +60,9 @@ def conversation(question: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": question}]}]
 
 
-def build_processor(texts: Iterable[str], shape: LalmShape = DEFAULT_SHAPE) -> Qwen2AudioProcessor:
-    """The real processor with a byte-level BPE vocabulary in which every word of `texts` becomes one token.
-
-    Any other text still encodes, in smaller pieces. 16 kHz, left padding, <|im_end|> ends an answer.
-    """
+def learn_vocabulary(texts: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and merges of a byte-level BPE in which every word of `texts`, of the question and of its answers becomes
+    one token; any other text still encodes, in smaller pieces."""
     texts = sorted(set(texts))
     if not texts:
         raise ValueError("no texts to build a vocabulary from: pass the captions the judge will be asked about")
@@ -77,9 +75,15 @@ def build_processor(texts: Iterable[str], shape: LalmShape = DEFAULT_SHAPE) -> Q
     trainer = trainers.BpeTrainer(vocab_size=8000, min_frequency=1, show_progress=False, initial_alphabet=alphabet)
     learner.train_from_iterator(lines, trainer)
     learned = json.loads(learner.to_str())["model"]
+    return learned["vocab"], [tuple(merge) for merge in learned["merges"]]
+
+
+def build_processor(texts: Iterable[str], shape: LalmShape = DEFAULT_SHAPE) -> Qwen2AudioProcessor:
+    """The real processor with a vocabulary learnt from `texts`. 16 kHz, left padding, <|im_end|> ends an answer."""
+    vocabulary, merges = learn_vocabulary(texts)
     tokenizer = Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
+        vocab=vocabulary,
+        merges=merges,
         eos_token="<|im_end|>",
         extra_special_tokens=SPECIAL,
         padding_side="left",
@@ -146,6 +150,12 @@ def log_mel(audio: Tensor, extractor: WhisperFeatureExtractor) -> Tensor:
     """
     if audio.shape[-1] != extractor.n_samples:
         raise ValueError(f"audio of {audio.shape[-1]} samples; the feature extractor takes {extractor.n_samples}")
+    return mel_frames(audio, extractor)
+
+
+def mel_frames(audio: Tensor, extractor: WhisperFeatureExtractor) -> Tensor:
+    """The log-mel of audio (B, T) of any length, (B, mels, T // hop_length): Whisper's, with a floor 8 decades under each
+    row's own peak."""
     window = torch.hann_window(extractor.n_fft, device=audio.device)
     spectrum = torch.stft(audio.float(), extractor.n_fft, extractor.hop_length, window=window, return_complex=True)
     power = spectrum[..., :-1].abs().square().contiguous()
@@ -153,6 +163,13 @@ def log_mel(audio: Tensor, extractor: WhisperFeatureExtractor) -> Tensor:
     mel = (filters.T @ power).clamp_min(1e-10).log10()
     floor = mel.amax(dim=(1, 2), keepdim=True) - 8.0
     return (torch.maximum(mel, floor) + 4.0) / 4.0
+
+
+def refuse_control_tokens(caption: str, special: Iterable[str]) -> None:
+    """Raises ValueError when a caption holds one of the tokenizer's control tokens: it could end the question early."""
+    found = next((token for token in special if token in caption), None)
+    if found:
+        raise ValueError(f"caption {caption!r} holds the control token {found}; remove it")
 
 
 class PromptFrame:
@@ -175,9 +192,7 @@ class PromptFrame:
         self.special = processor.tokenizer.all_special_tokens
 
     def suffix(self, caption: str = "") -> str:
-        found = next((token for token in self.special if token in caption), None)
-        if found:
-            raise ValueError(f"caption {caption!r} holds the control token {found}; remove it")
+        refuse_control_tokens(caption, self.special)
         return self.tail.replace("{caption}", caption)
 
 
@@ -188,6 +203,13 @@ def answer_ids(processor: Qwen2AudioProcessor) -> tuple[list[int], list[int]]:
     if not yes or not no:
         raise ValueError(f"the vocabulary has no single token for {YES if not yes else NO}: use another tokenizer")
     return yes, no
+
+
+def yes_or_no(logits: Tensor, yes: Sequence[int], no: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """From logits (B, vocabulary) of the answer's first token: how much yes leads no (B,), spellings joined by logsumexp, and
+    the share of the probability (B,) that both hold together."""
+    said_yes, said_no = logits[:, yes].logsumexp(-1), logits[:, no].logsumexp(-1)
+    return said_yes - said_no, (torch.logaddexp(said_yes, said_no) - logits.logsumexp(-1)).exp()
 
 
 class LalmReward:
@@ -234,10 +256,8 @@ class LalmReward:
         logits = torch.cat(
             [self.logits(clips[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in rows]
         )
-        yes, no = logits[:, self.yes].logsumexp(-1), logits[:, self.no].logsumexp(-1)
-        mass = (torch.logaddexp(yes, no) - logits.logsumexp(-1)).exp()
-        parts = {"p_yes_mass": mass.cpu(), "logit": (yes - no).cpu()}
-        return RewardResult((yes - no).sigmoid().cpu(), parts)
+        logit, mass = yes_or_no(logits, self.yes, self.no)
+        return RewardResult(logit.sigmoid().cpu(), {"p_yes_mass": mass.cpu(), "logit": logit.cpu()})
 
     def save(self, directory: str | Path) -> None:
         """Writes the model (safetensors) and processor as transformers does, and model_card.json beside them."""
