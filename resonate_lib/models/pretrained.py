@@ -1,0 +1,347 @@
+"""Where published weights come from: the list of parts, finding one, reading its file safely, loading it strictly.
+
+A file is never allowed to run code: safetensors, or `torch.load(weights_only=True)`. The network is only used for a hub id
+that the user named. What the tensors mean is the business of the models.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from resonate_lib.models.layers import gated_width
+
+TIMEOUT = 10  # seconds that a server may take to answer
+FOLDER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a hub repository that is used as a folder
+TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
+NESTS = ("generator", "state_dict", "model", "weights")  # keys under which real files hold their tensors
+STRAY = ("t_embed.freqs", "latent_rot", "text_rot", "_latent_rot_buffer", "_text_rot_buffer")
+NUMBERS = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A published model. file: in the hub repository, empty where the whole repository is the model; beside: read with it."""
+
+    name: str
+    what: str
+    hub: str
+    file: str
+    gigabytes: float
+    licence: str
+    beside: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{self.hub}"
+
+    @property
+    def folder(self) -> str:
+        """The name of its own folder inside a directory of weights; a single file may also lie in the directory itself."""
+        return self.hub.rpartition("/")[2]
+
+
+# File names of vocoders, CLAP and aesthetics, sizes, and the licences of MMAudio's and Qwen3's weights are from general
+# knowledge: any of them is replaced by naming a file, or `owner/repository/file`.
+PARTS = {part.name: part for part in (
+    Part("generator_pt", "pre-trained generator", "AndreasXi/Resonate", "Resonate_PT.pth", 1.9, "MIT"),
+    Part("generator_grpo", "final generator (GRPO)", "AndreasXi/Resonate", "Resonate_GRPO.pth", 1.9, "MIT"),
+    Part("vae_44k", "VAE, 44.1 kHz", "hkchengrex/MMAudio", "ext_weights/v1-44.pth", 1.2, "MIT"),
+    Part("vae_16k", "VAE, 16 kHz", "hkchengrex/MMAudio", "ext_weights/v1-16.pth", 0.7, "MIT"),
+    Part("vocoder_44k", "BigVGAN v2, 44.1 kHz", "nvidia/bigvgan_v2_44khz_128band_512x", "bigvgan_generator.pt", 0.5, "MIT",
+         ("config.json",)),
+    Part("vocoder_16k", "BigVGAN, 16 kHz", "hkchengrex/MMAudio", "ext_weights/best_netG.pt", 0.4, "MIT"),
+    Part("t5", "text encoder FLAN-T5-large", "google/flan-t5-large", "", 3.1, "Apache-2.0"),
+    Part("clap", "LAION-CLAP checkpoint (reward)", "lukewys/laion_clap", "music_speech_audioset_epoch_15_esc_89.98.pt", 2.4,
+         "CC0-1.0"),
+    Part("roberta", "text tower of LAION-CLAP", "roberta-base", "", 0.5, "MIT"),
+    Part("qwen25_omni", "LALM judge (reward)", "Qwen/Qwen2.5-Omni-7B", "", 22.4, "Apache-2.0"),
+    Part("qwen2_audio", "LALM judge (reward, smaller)", "Qwen/Qwen2-Audio-7B-Instruct", "", 16.8, "Apache-2.0"),
+    Part("qwen3_omni", "LALM judge (evaluation)", "Qwen/Qwen3-Omni-30B-A3B-Instruct", "", 70.5, "Apache-2.0"),
+    Part("aesthetics", "AudioBox-Aesthetics (evaluation)", "facebook/audiobox-aesthetics", "checkpoint.pt", 0.4, "CC-BY-4.0"),
+)}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- finding a part
+@dataclass(frozen=True)
+class Located:
+    """A part on this machine. path: its file, or its folder; source: a directory, or hub id@commit, for the run record."""
+
+    part: Part
+    path: Path
+    source: str
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read of it: the file and those beside it, or the folder's configuration, weights and tokenizer."""
+        if self.part.file:
+            return [self.path, *(path for name in self.part.beside if (path := self.path.parent / name).is_file())]
+        return sorted({path for pattern in FOLDER_FILES for path in self.path.glob(pattern)})
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """{file name: hex sha256}, computed when first asked for and once a process as long as a file does not change."""
+        return {path.name: sha256(path) for path in self.files}
+
+
+def locate(part: str, source: str | Path | None = None, *, beside: str | Path | None = None, download: bool = True) -> Located:
+    """Find a part on this machine, or fetch it where the user asked for that.
+
+    part: a key of PARTS. source: a file; a directory that holds the part's file, or its own folder of that name; a hub id
+    `owner/repository`, or `owner/repository/file` for another file name. Only a hub id given as the source is downloaded,
+    and not under HF_HUB_OFFLINE=1 or with download=False. Without a source: in the directory `beside`, then under its default
+    id in the hub's local cache. Raises FileNotFoundError in one line that says what it is, where to get it and where to put it.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part {part!r}: allowed are {', '.join(PARTS)}")
+    part, named = PARTS[part], source is not None and str(source).strip() != ""
+    path = Path(source if named else beside or "").expanduser()
+    if named and path.exists():
+        return _in_place(part, path.resolve())
+    if not named and beside and path.is_dir():
+        with contextlib.suppress(FileNotFoundError):
+            return _in_place(part, path.resolve())
+    hub, file = _hub_id(part, str(source)) if named else (part.hub, part.file)
+    found = _cached(hub, file)
+    reason = "is not in the hub's local cache"
+    if found is None and named and offline():
+        reason += " and HF_HUB_OFFLINE is set"
+    elif found is None and named and download:
+        found, reason = _download(part, hub, file)
+    if found is None:
+        raise FileNotFoundError(_absent(part, hub, file, reason, named))
+    commit = re.search(r"/snapshots/([^/]+)", found.as_posix())
+    return Located(part, found, f"{hub}@{commit[1]}" if commit else hub)
+
+
+def _in_place(part: Part, path: Path) -> Located:
+    """The part at a path that exists: a file is taken as it is named, a directory is searched."""
+    if path.is_file():
+        if not part.file:
+            raise FileNotFoundError(f"{path} is a file: {part.what} is a folder with config.json, weights and tokenizer; name that")
+        return Located(part, path, str(path.parent))
+    places = [path / part.folder, path]
+    if part.file:
+        names = dict.fromkeys((part.file, Path(part.file).name))
+        found = [place / name for place in places for name in names if (place / name).is_file()]
+        lack = part.file
+    else:
+        found = [place for place in places if not lacking(place)]
+        lack = lacking(next((place for place in places if (place / "config.json").is_file()), places[0]))
+    if not found:
+        raise FileNotFoundError(f"{part.what} is not in {path}: {lack} is missing; get it from {part.url} ({part.gigabytes:g} GB, "
+                                f"{part.licence}) and put it in {path if part.file else places[0]}")
+    return Located(part, found[0], str(path))
+
+
+def lacking(folder: Path) -> str:
+    """The first thing a transformers model folder lacks to be loaded, in words; empty where it is whole."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    for index in folder.glob("*.index.json"):
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in shards if not (folder / name).is_file()]
+        if absent and index.name.startswith("model.safetensors"):
+            return f"{absent[0]} ({len(absent)} of {len(shards)} shards)"
+    if not any(folder.glob("*.safetensors")) and not (folder / "pytorch_model.bin").is_file():
+        return "model.safetensors (or pytorch_model.bin)"
+    return "" if any((folder / name).is_file() for name in TOKENIZERS) else f"a tokenizer ({' or '.join(TOKENIZERS)})"
+
+
+def _hub_id(part: Part, source: str) -> tuple[str, str]:
+    """`owner/repository[/file]` -> (id, file). FileNotFoundError for a path that is not there."""
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", source)
+    if source == part.hub:
+        return source, part.file
+    if not match:
+        raise FileNotFoundError(f"{source!r} for {part.what}: there is no such file or folder, and it is no hub id "
+                                f"(owner/repository) such as {part.hub}")
+    return match[1], match[2] or part.file
+
+
+def _cached(hub: str, file: str) -> Path | None:
+    """The file, or for an empty `file` the whole folder, in huggingface_hub's local cache. Asks nobody."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub, file or "config.json")
+    if not isinstance(found, str):
+        return None
+    return Path(found) if file else (Path(found).parent if not lacking(Path(found).parent) else None)
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set, at start or since."""
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _download(part: Part, hub: str, file: str) -> tuple[Path | None, str]:
+    """Fetch into the hub's cache: (path, "") or (None, why not).
+
+    One question first, that ends after TIMEOUT seconds: without a network the download itself would try for six minutes.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub, file or "config.json"), timeout=TIMEOUT)
+        print(f"downloading {part.what} from {hub}: about {part.gigabytes:g} GB, {part.licence}", flush=True)
+        if not file:
+            path = Path(huggingface_hub.snapshot_download(hub, allow_patterns=list(FOLDER_FILES), etag_timeout=TIMEOUT))
+            return (None, f"came without {lacking(path)}") if lacking(path) else (path, "")
+        for name in part.beside:
+            huggingface_hub.hf_hub_download(hub, name, etag_timeout=TIMEOUT)
+        return Path(huggingface_hub.hf_hub_download(hub, file, etag_timeout=TIMEOUT)), ""
+    except Exception as error:  # of the hub, the connection, or the disk: all mean that the file is not here
+        return None, f"could not be downloaded ({type(error).__name__}: {_line(error)})"
+
+
+def _absent(part: Part, hub: str, file: str, reason: str, named: bool) -> str:
+    what = f"{file} of {hub}" if file else hub
+    ask = "" if named else f", or name the hub id {part.hub!r} as its source to have it downloaded"
+    place = "a directory" if file else f"a folder {part.folder!r} inside a directory"
+    return (f"{part.what}: {what} {reason}; get it from https://huggingface.co/{hub} ({part.gigabytes:g} GB, {part.licence}), "
+            f"put it in {place} and name that directory{ask}")
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file; a large one is read once a process as long as its size and time do not change."""
+    stat = path.stat()
+    return _sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- reading and loading
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of one written by torch.save, on the CPU in the file's own dtypes.
+
+    Tensors nested under generator, state_dict, model or weights are taken out, and the prefix `module.` of parallel training
+    is dropped where all names have it. Nothing in the file is run. Raises ValueError in one line for anything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the weight file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    content = _content(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}: a dictionary of tensors is needed")
+    while nested := [content[key] for key in NESTS if isinstance(content.get(key), Mapping)]:
+        content = nested[0]
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(map(str, list(content)[:5])) or "nothing"
+        raise ValueError(f"{path} holds no tensors by name, but {keys}: a dictionary of tensors is needed")
+    bare = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module.") if bare else name: tensor for name, tensor in tensors.items()}
+
+
+def _content(path: Path):
+    """What a weight file holds, or a ValueError that says in what way it is not one."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    again = "get it again"
+    if not head:
+        raise ValueError(f"{path} is empty: {again}")
+    if head.lstrip().startswith(b"<"):
+        raise ValueError(f"{path} is a web page, not weights: {again}, with the download link")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run git lfs pull")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(NUMBERS):  # training notes beside the tensors hold numpy numbers
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({_line(error)}): {again}") from None
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise ValueError(f"{path} holds code ({code[1].rstrip('.')}), which is not run: get the weights as safetensors or as a "
+                             "plain dictionary of tensors") from None
+        raise ValueError(f"{path} is not a weight file: allowed are .safetensors and what torch.save writes") from None
+    except Exception as error:  # whatever else the parser meets in a broken file
+        raise ValueError(f"{path} is cut off or damaged ({type(error).__name__}: {_line(error)}): {again}") from None
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's text, at most 120 characters."""
+    return (str(error).strip().split("\n") or [""])[0][:120]
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Module:
+    """Load all of `state` into all of `module`, in the module's dtypes; returns the module.
+
+    A module on the meta device gets the tensors as its own. Buffers that some published files carry (STRAY) are dropped.
+    Raises ValueError in one line, with the first names and shapes that differ and their counts, and changes nothing.
+    """
+    own = module.state_dict()
+    state = {key: tensor for key, tensor in state.items() if key in own or key not in STRAY}
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
+    found = [_first("missing", (key for key in own if key not in state)),
+             _first("unexpected", (key for key in state if key not in own)),
+             _first("of another shape", shapes)]  # fmt: skip
+    if any(found):
+        if shapes:
+            found.append(f"{shapes[0]} is {tuple(state[shapes[0]].shape)} in the file and {tuple(own[shapes[0]].shape)} here")
+        hint = f"; the file has {_sizes(state)}, this network {_sizes(own)}" if _sizes(state) and _sizes(own) else ""
+        raise ValueError(f"{name} does not fit: {'; '.join(filter(None, found))}{hint}")
+    if all(tensor.is_meta for tensor in own.values()):
+        module.load_state_dict({key: tensor.to(own[key].dtype, copy=True) for key, tensor in state.items()}, assign=True)
+    else:
+        module.load_state_dict(state)
+    return module
+
+
+def _first(what: str, names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{len(names)} {what} ({names[0]}{', …' if len(names) > 1 else ''})" if names else ""
+
+
+# -------------------------------------------------------------------------------------------------- sizes of a FluxAudio
+def flux_config(state: Mapping[str, Tensor]) -> dict[str, int | float]:
+    """The sizes of the FluxAudio whose tensors these are, as its constructor takes them; all but latent_seq_len and use_rope,
+    which leave no trace in the tensors. ValueError where they are not those of one."""
+    try:
+        hidden, latent_dim = state["audio_input_proj.0.weight"].shape[:2]
+        head = len(state["joint_blocks.0.latent_block.attn.q_norm.weight"])
+        width = len(state["audio_input_proj.2.w1.weight"])
+        length, text_dim = state["empty_string_feat"].shape
+        text_c_dim = len(state["empty_string_feat_c"])
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(f"these are not the tensors of a FluxAudio: {_line(error)} is missing or of another shape; "
+                         f"found {', '.join(list(state)[:3])}, …") from None
+    joint, fused = (_count(state, f"{kind}_blocks.") for kind in ("joint", "fused"))
+    ratio = 4.0 if gated_width(4 * hidden) == width else 1.5 * width / hidden
+    return dict(latent_dim=latent_dim, text_dim=text_dim, text_c_dim=text_c_dim, hidden_dim=hidden, depth=joint + fused,
+                fused_depth=fused, num_heads=hidden // head, text_seq_len=length, mlp_ratio=ratio)
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _sizes(state: Mapping[str, Tensor]) -> str:
+    """hidden 448, depth 52, latent 40, text 1024, in words; empty for tensors of something else."""
+    try:
+        config = flux_config(state)
+    except ValueError:
+        return ""
+    return "hidden {hidden_dim}, depth {depth} ({fused_depth} fused), latent {latent_dim}, text {text_dim}".format(**config)
