@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from resonate_lib import record
-from resonate_lib.config import CHECKOUT
+from resonate_lib.config import CHECKOUT, load_profile
 
 INSTALL = "pip install -r requirements.txt"
 NEEDED = (
@@ -101,6 +101,35 @@ def checks() -> list[Check]:
     return found
 
 
+def published(profile: str = "paper") -> list[Check]:
+    """A row per published model: where it lies, or its size, licence and address and where to put it. Downloads nothing.
+
+    Looked for where the profile says (`suite.weights`, `reward.clap_source`, `reward.lalm_source`: directories, or hub ids,
+    which stand for the hub's local cache), else under its own id in that cache.
+    """
+    try:
+        from resonate_lib.models.pretrained import PARTS, locate
+
+        sections = load_profile(profile)
+    except (ImportError, ValueError) as error:
+        return [Check("published weights", "note", " ".join(str(error).split())[:100], INSTALL)]
+    suite, reward = sections.get("suite", {}), sections.get("reward", {})
+    weights, lalm = (str(Path(place).expanduser()) for place in (suite.get("weights", ""), reward.get("lalm_source", "")))
+    own = {part.name: lalm for part in PARTS.values() if Path(lalm).name == part.folder}
+    own |= {"generator_pt": weights, "generator_grpo": weights, "clap": reward.get("clap_source")}
+    rows = []
+    for name, part in PARTS.items():
+        try:
+            found = locate(name, own.get(name), beside=weights, download=False)
+            rows.append(Check(name, "ok", f"{part.what}: {found.source}"))
+        except FileNotFoundError:
+            place = weights if Path(weights).is_dir() else "a directory"
+            inside = "" if part.file else f"/{part.folder}"
+            what = f"{part.what}: absent, {part.gigabytes:g} GB, {part.licence}"
+            rows.append(Check(name, "note", what, f"{part.url}/{part.file}".rstrip("/") + f" -> {place}{inside}"))
+    return rows
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -149,8 +178,10 @@ def main() -> int:
             print(f"{'':<5} {'':<{width}}  -> {check.remedy}")
     bad = [check.name for check in found if check.state == "bad"]
     print(f"\nsmoke, tiny: {'mend first: ' + ', '.join(bad) if bad else 'can run (python -m resonate_lib run)'}")
-    print(
-        "small, paper:",
-        "not runnable yet: loading the official weights is not written",
-    )
+    parts = published()
+    absent = [check.name for check in parts if check.state != "ok"]
+    print(f"\nsmall, paper: {len(parts) - len(absent)} of {len(parts)} published parts are here; a run asks for those it uses")
+    width = max(len(check.name) for check in parts)
+    for check in parts:
+        print(f"{check.state:<5} {check.name:<{width}}  {check.found}{'; ' + check.remedy if check.remedy else ''}")
     return 1 if bad else 0
