@@ -123,10 +123,9 @@ def published(profile: str = "paper") -> list[Check]:
             found = locate(name, own.get(name), beside=weights, download=False)
             rows.append(Check(name, "ok", f"{part.what}: {found.source}"))
         except FileNotFoundError:
-            place = weights if Path(weights).is_dir() else "a directory"
-            inside = "" if part.file else f"/{part.folder}"
+            place = weights if Path(weights).is_dir() else "DIRECTORY"
             what = f"{part.what}: absent, {part.gigabytes:g} GB, {part.licence}"
-            rows.append(Check(name, "note", what, f"{part.url}/{part.file}".rstrip("/") + f" -> {place}{inside}"))
+            rows.append(Check(name, "note", what, f"{part.url} -> {place}/{part.place}"))
     return rows
 
 
@@ -180,7 +179,8 @@ def main() -> int:
     print(f"\nsmoke, tiny: {'mend first: ' + ', '.join(bad) if bad else 'can run (python -m resonate_lib run)'}")
     parts = published()
     absent = [check.name for check in parts if check.state != "ok"]
-    print(f"\nsmall, paper: {len(parts) - len(absent)} of {len(parts)} published parts are here; a run asks for those it uses")
+    print(f"\nsmall, paper: {len(parts) - len(absent)} of {len(parts)} published parts are here, and a run asks for those it uses;")
+    print("fetch them into one directory, each as named behind the arrow, and say where: -p weights DIRECTORY")
     width = max(len(check.name) for check in parts)
     for check in parts:
         print(f"{check.state:<5} {check.name:<{width}}  {check.found}{'; ' + check.remedy if check.remedy else ''}")

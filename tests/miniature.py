@@ -17,6 +17,7 @@ from resonate_lib.models.vae import MelVAE
 LATENT, TEXT = 6, 32
 FLUX = dict(latent_dim=LATENT, text_dim=TEXT, text_c_dim=TEXT, hidden_dim=32, depth=3, fused_depth=1, num_heads=2,
             latent_seq_len=430, text_seq_len=77)
+VOCODER_16K = dict(num_mels=80, upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4], use_tanh_at_final=True)
 VOCODER = dict(
     resblock="1", num_mels=128, upsample_rates=[8, 4, 2, 2, 2, 2], upsample_kernel_sizes=[16, 8, 4, 4, 4, 4],
     upsample_initial_channel=64, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]], activation="snakebeta",
@@ -48,16 +49,16 @@ def flux(path: Path, **overrides) -> FluxAudio:
     return network
 
 
-def vae(path: Path) -> MelVAE:
+def vae(path: Path, mode: str = "44k") -> MelVAE:
     """The autoencoder as its checkpoint stores it, before `remove_weight_norm`."""
-    network = noise(seeded(lambda: MelVAE("44k", embed_dim=LATENT, hidden_dim=16), 3), 4)
+    network = noise(seeded(lambda: MelVAE(mode, embed_dim=LATENT, hidden_dim=16), 3), 4)
     torch.save(network.state_dict(), path)
     return network
 
 
-def vocoder(folder: Path, name: str = "bigvgan_generator.pt") -> BigVGAN:
+def vocoder(folder: Path, name: str = "bigvgan_generator.pt", **overrides) -> BigVGAN:
     """The vocoder's file: {"generator": tensors with weight-norm pairs}, and its config.json beside it."""
-    network = noise(seeded(lambda: BigVGAN(VOCODER), 5), 6)
+    network = noise(seeded(lambda: BigVGAN(VOCODER | overrides), 5), 6)
     state = {}
     for key, tensor in network.state_dict().items():
         if key.endswith(".weight") and tensor.dim() == 3:
@@ -66,7 +67,7 @@ def vocoder(folder: Path, name: str = "bigvgan_generator.pt") -> BigVGAN:
         else:
             state[key] = tensor
     torch.save({"generator": state}, folder / name)
-    (folder / "config.json").write_text(json.dumps(VOCODER))
+    (folder / "config.json").write_text(json.dumps(VOCODER | overrides))
     return network
 
 

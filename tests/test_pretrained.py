@@ -77,7 +77,9 @@ def test_a_file_is_found_in_a_directory(tmp_path, place):
     path = tmp_path / place
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"weights")
-    for found in (locate("vae_44k", tmp_path), locate("vae_44k", str(path)), locate("vae_44k", beside=tmp_path)):
+    (tmp_path / "model.pth").write_bytes(b"another")
+    for found in (locate("vae_44k", tmp_path), locate("vae_44k", str(path)), locate("vae_44k", beside=tmp_path),
+                  locate("vae_44k", beside=tmp_path / "model.pth")):
         assert found.path == path and found.files == [path]
         assert found.sha256 == {"v1-44.pth": hashlib.sha256(b"weights").hexdigest()}
 
@@ -114,7 +116,7 @@ def test_a_missing_part_says_what_it_is_and_where_to_put_it(tmp_path):
         with pytest.raises(FileNotFoundError) as caught:
             locate("vae_44k", source)
         text = str(caught.value)
-        for words in ("VAE", "v1-44.pth", "1.2 GB", "MIT", "https://huggingface.co/hkchengrex/MMAudio", "put it in"):
+        for words in ("VAE", "v1-44.pth", "1.2 GB", "MIT", "https://huggingface.co/hkchengrex/MMAudio", "put it "):
             assert words in text
         assert "\n" not in text and (source is None or str(tmp_path) in text)
 
@@ -351,16 +353,15 @@ def test_the_published_network_is_recognised_at_full_size(golden_folder):
 
 
 # ---- doctor ---------------------------------------------------------------
-def test_doctor_has_a_line_for_every_part(hub, tmp_path, monkeypatch, capsys):
+def test_doctor_has_a_line_for_every_part(hub):
     cached(hub, "lukewys/laion_clap", PARTS["clap"].file)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     rows = {row.name: row for row in doctor.published()}
     assert list(rows) == list(PARTS) and all("\n" not in row.found + row.remedy for row in rows.values())
     assert rows["clap"].state == "ok" and COMMIT in rows["clap"].found
     assert rows["vae_44k"].state == "note" and "1.2 GB, MIT" in rows["vae_44k"].found and "v1-44.pth" in rows["vae_44k"].remedy
 
 
-def test_doctor_looks_where_the_profile_says(tmp_path, monkeypatch):
+def test_doctor_looks_where_the_profile_says(tmp_path, monkeypatch, capsys):
     weights = tmp_path / "weights"
     model_folder(weights / "flan-t5-large")
     (weights / "Resonate_GRPO.pth").write_text("x")
@@ -369,4 +370,6 @@ def test_doctor_looks_where_the_profile_says(tmp_path, monkeypatch):
     monkeypatch.setenv("RESONATE_PARAMS", str(tmp_path))
     rows = {row.name: row for row in doctor.published()}
     assert {name for name, row in rows.items() if row.state == "ok"} == {"t5", "generator_grpo", "qwen25_omni"}
-    assert f"-> {weights}" in rows["vae_44k"].remedy
+    assert rows["vae_44k"].remedy.endswith(f"MMAudio/resolve/main/ext_weights/v1-44.pth -> {weights}/v1-44.pth")
+    doctor.main()
+    assert "3 of 13 published parts are here" in capsys.readouterr().out

@@ -171,7 +171,7 @@ BROKEN = {
     "other text encoder": ("Resonate_PT.pth", bigger, "text of 64 numbers"),
     "something else": ("Resonate_PT.pth", lambda s: {"a": torch.ones(1)}, "not the tensors of a FluxAudio"),
     "autoencoder renamed": ("v1-44.pth", lambda s: {k.replace("conv_in", "in"): v for k, v in s.items()}, "published autoencoder"),
-    "autoencoder of other width": ("v1-44.pth", lambda s: MelVAE("44k", embed_dim=4, hidden_dim=16).state_dict(), "codec latents of 4"),
+    "autoencoder of other width": ("v1-44.pth", lambda s: MelVAE("44k", embed_dim=4, hidden_dim=16).state_dict(), "latents of 4:"),
     "autoencoder of 16 kHz": ("v1-44.pth", lambda s: MelVAE("16k", embed_dim=6, hidden_dim=16).state_dict(), "of another shape"),
     "vocoder of other size": ("bigvgan_generator.pt", lambda s: {"generator": BigVGAN(miniature.VOCODER | {
         "upsample_initial_channel": 128}).state_dict()}, "does not fit"),
@@ -205,6 +205,20 @@ def test_the_vocoder_without_its_configuration_is_the_published_one(weights, tmp
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="does not fit"):  # the published one is larger
         Generator.load_published(folder, seconds=SECONDS, device="cpu")
+
+
+def test_both_codecs_can_lie_in_one_directory(weights, loaded, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    (folder / "MMAudio").mkdir()
+    miniature.vae(folder / "MMAudio" / "v1-16.pth", "16k")
+    miniature.vocoder(folder / "MMAudio", "best_netG.pt", **miniature.VOCODER_16K)
+    low = Generator.load_published(folder / "Resonate_PT.pth", mode="16k", seconds=SECONDS, device="cpu")
+    assert low.sample_rate == 16_000 and low.latent_shape == (15, miniature.LATENT) and sound(low)[1].shape == (2, 15 * 512)
+    low.save(tmp_path / "low")
+    torch.testing.assert_close(sound(Generator.load(tmp_path / "low", device="cpu")), sound(low))
+    (folder / "MMAudio" / "best_netG.pt").rename(folder / "best_netG.pt")  # beside the configuration of the other vocoder
+    with pytest.raises(ValueError, match="does not fit"):  # so it is taken for the published one, which is larger
+        Generator.load_published(folder, mode="16k", seconds=SECONDS, device="cpu")
 
 
 def test_the_codec_of_the_loader_is_the_codec_of_its_configuration(loaded):

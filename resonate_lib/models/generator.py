@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from resonate_lib import samplers, training
 from resonate_lib.models.bigvgan import without_weight_norm
-from resonate_lib.models.codec import MelCodec, VaeCodec
+from resonate_lib.models.codec import MELS, MelCodec, VaeCodec
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 from resonate_lib.models.pretrained import PARTS, Located, flux_config, load_strict, locate, read_weights
 from resonate_lib.models.text import MAX_TOKENS, MiniLMEncoder, T5Encoder
@@ -58,8 +58,8 @@ class Generator:
         """A published checkpoint with its codec and FLAN-T5, in float32; the network has the sizes of its tensors.
 
         part: generator_pt or generator_grpo, or with a file as source any checkpoint of these names. source, vae, vocoder, text:
-        as `pretrained.locate` takes them; where `source` is a directory, the others are looked for in it before the hub's
-        cache. mode: of the codec; seconds: of a clip; device: by default the GPU where there is one.
+        as `pretrained.locate` takes them; the others are looked for in the directory that `source` is, or lies in, before the
+        hub's cache. mode: of the codec; seconds: of a clip; device: by default the GPU where there is one.
         Raises FileNotFoundError for a part that is absent, ValueError for files that are damaged or do not fit together.
         """
         parts = {part: locate(part, source), **_locate_around(mode, source, vae, vocoder, text)}
@@ -256,10 +256,10 @@ def _load_around(parts: dict[str, Located], mode: str, seconds: float, tokens: i
     except (KeyError, IndexError):
         raise ValueError(f"{vae} does not hold the published autoencoder: encoder.conv_in.weight or decoder.conv_in.weight is "
                          "missing; name its file") from None
-    beside = vocoder.parent / "config.json"
+    beside = vocoder.parent / "config.json"  # of this vocoder, unless it lies among files of the other mode
     config = json.loads(beside.read_text()) if beside.is_file() else {}
     with torch.device("meta"):  # nothing to draw: every tensor comes from the files
-        codec = VaeCodec(mode, seconds=seconds, **sizes, vocoder=config if "upsample_rates" in config else None)
+        codec = VaeCodec(mode, seconds=seconds, **sizes, vocoder=config if config.get("num_mels") == MELS[mode]["bands"] else None)
     load_strict(codec.vae, state, str(vae)).remove_weight_norm()
     load_strict(codec.vocoder, without_weight_norm(read_weights(vocoder)), str(vocoder))
     return T5Encoder(parts["t5"].path, tokens), codec.eval()

@@ -45,12 +45,18 @@ class Part:
 
     @property
     def url(self) -> str:
-        return f"https://huggingface.co/{self.hub}"
+        """Of the file to download, or of the repository whose files make the folder."""
+        return f"https://huggingface.co/{self.hub}" + (f"/resolve/main/{self.file}" if self.file else "")
 
     @property
     def folder(self) -> str:
         """The name of its own folder inside a directory of weights; a single file may also lie in the directory itself."""
         return self.hub.rpartition("/")[2]
+
+    @property
+    def place(self) -> str:
+        """Where it is to be put inside a directory of weights."""
+        return Path(self.file).name or self.folder
 
 
 # File names of vocoders, CLAP and aesthetics, sizes, and the licences of MMAudio's and Qwen3's weights are from general
@@ -101,8 +107,9 @@ def locate(part: str, source: str | Path | None = None, *, beside: str | Path | 
 
     part: a key of PARTS. source: a file; a directory that holds the part's file, or its own folder of that name; a hub id
     `owner/repository`, or `owner/repository/file` for another file name. Only a hub id given as the source is downloaded,
-    and not under HF_HUB_OFFLINE=1 or with download=False. Without a source: in the directory `beside`, then under its default
-    id in the hub's local cache. Raises FileNotFoundError in one line that says what it is, where to get it and where to put it.
+    and not under HF_HUB_OFFLINE=1 or with download=False. Without a source: in the directory `beside` (or that of the file
+    `beside`), then under its default id in the hub's local cache.
+    Raises FileNotFoundError in one line that says what it is, where to get it and where to put it.
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r}: allowed are {', '.join(PARTS)}")
@@ -110,9 +117,9 @@ def locate(part: str, source: str | Path | None = None, *, beside: str | Path | 
     path = Path(source if named else beside or "").expanduser()
     if named and path.exists():
         return _in_place(part, path.resolve())
-    if not named and beside and path.is_dir():
+    if not named and beside and path.exists():
         with contextlib.suppress(FileNotFoundError):
-            return _in_place(part, path.resolve())
+            return _in_place(part, path.resolve() if path.is_dir() else path.resolve().parent)
     hub, file = _hub_id(part, str(source)) if named else (part.hub, part.file)
     found = _cached(hub, file)
     reason = "is not in the hub's local cache"
@@ -142,7 +149,7 @@ def _in_place(part: Part, path: Path) -> Located:
         lack = lacking(next((place for place in places if (place / "config.json").is_file()), places[0]))
     if not found:
         raise FileNotFoundError(f"{part.what} is not in {path}: {lack} is missing; get it from {part.url} ({part.gigabytes:g} GB, "
-                                f"{part.licence}) and put it in {path if part.file else places[0]}")
+                                f"{part.licence}) and put it at {path / part.place}")
     return Located(part, found[0], str(path))
 
 
@@ -211,9 +218,9 @@ def _download(part: Part, hub: str, file: str) -> tuple[Path | None, str]:
 def _absent(part: Part, hub: str, file: str, reason: str, named: bool) -> str:
     what = f"{file} of {hub}" if file else hub
     ask = "" if named else f", or name the hub id {part.hub!r} as its source to have it downloaded"
-    place = "a directory" if file else f"a folder {part.folder!r} inside a directory"
-    return (f"{part.what}: {what} {reason}; get it from https://huggingface.co/{hub} ({part.gigabytes:g} GB, {part.licence}), "
-            f"put it in {place} and name that directory{ask}")
+    url = part.url if (hub, file) == (part.hub, part.file) else f"https://huggingface.co/{hub}"
+    return (f"{part.what}: {what} {reason}; get it from {url} ({part.gigabytes:g} GB, {part.licence}), put it into a directory as "
+            f"{part.place} and name that directory{ask}")
 
 
 def sha256(path: Path) -> str:
