@@ -105,6 +105,19 @@ class Generator:
         """A generator with a copy of the network to train, sharing the text encoder and the codec."""
         return Generator(self.text, copy.deepcopy(self.network), self.codec, self.network_config, self.parts)
 
+    def with_network(self, folder) -> "Generator":
+        """The generator that `save` wrote into `folder`, sharing this one's text encoder, codec and encoded prompts: a tuning of
+        it. ValueError where it is of another size."""
+        folder = Path(folder)
+        config = json.loads(_present(folder, "generator.json").read_text())["network"]
+        weights = _present(folder, "network.safetensors")
+        if config != self.network_config:
+            raise ValueError(f"{folder}: its network is {config}, this one {self.network_config}; name a tuning of the same base")
+        network = _load_network(config, _float(read_weights(weights)), str(weights)).to(self.device)
+        other = Generator(self.text, network, self.codec, config, self.parts)
+        other._known = self._known
+        return other
+
     def provenance(self) -> dict[str, dict]:
         """{part: {"source", "sha256": {file: hex}}} of the published parts, for the run record; reads their files once."""
         return {name: {"source": found.source, "sha256": found.sha256} for name, found in self.parts.items()}

@@ -247,15 +247,23 @@ class LalmReward:
         hidden = self.model.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
         return self.model.lm_head(hidden[:, -1]).float()
 
-    def __call__(
-        self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
-    ) -> RewardResult:
+    def question(self, caption: str) -> str:
+        """What is asked of a clip, in the chat template, to be read: the audio's tokens counted instead of repeated."""
+        token = self.processor.audio_token
+        count = self.frame.prefix.count(token)
+        return self.frame.prefix.replace(token * count, f"{token} (x {count})") + self.frame.suffix(caption)
+
+    def answer_logits(self, audio: Tensor, sample_rate: int, prompts: Sequence[str]) -> Tensor:
+        """Logits (B, vocabulary) of the answer's first token to audio (B, T)."""
         extractor = self.processor.feature_extractor
         clips = to_clip(audio.float(), sample_rate, extractor.sampling_rate, extractor.chunk_length)
         rows = range(0, len(clips), self.batch_size)
-        logits = torch.cat(
-            [self.logits(clips[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in rows]
-        )
+        return torch.cat([self.logits(clips[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in rows])
+
+    def __call__(
+        self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
+    ) -> RewardResult:
+        logits = self.answer_logits(audio, sample_rate, prompts)
         logit, mass = yes_or_no(logits, self.yes, self.no)
         return RewardResult(logit.sigmoid().cpu(), {"p_yes_mass": mass.cpu(), "logit": logit.cpu()})
 

@@ -186,13 +186,23 @@ class AudioJudge:
             logits[:, self.yes + self.no] = hidden.float() @ self._rows.to(hidden.device).T
         return logits
 
+    def question(self, caption: str) -> str:
+        """What is asked of a clip, in the chat template, to be read."""
+        return self.text.replace("{caption}", caption)
+
+    def answer_logits(self, audio: Tensor, sample_rate: int, prompts: Sequence[str]) -> Tensor:
+        """Logits (B, vocabulary) of the answer's first token to a few clips (B, T), in one batch."""
+        return self.logits(self._heard(audio, sample_rate, prompts), prompts).cpu()
+
+    def _heard(self, audio, sample_rate, prompts) -> list[Tensor]:
+        extractor = self.processor.feature_extractor
+        longest = extractor.n_samples / extractor.sampling_rate
+        return to_clips(audio, sample_rate, prompts, extractor.sampling_rate, longest)
+
     def __call__(
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
     ) -> RewardResult:
-        extractor = self.processor.feature_extractor
-        longest = extractor.n_samples / extractor.sampling_rate
-        clips = to_clips(audio, sample_rate, prompts, extractor.sampling_rate, longest)
-        found = []
+        clips, found = self._heard(audio, sample_rate, prompts), []
         for start in range(0, len(clips), self.batch_size):
             logits = self.logits(clips[start : start + self.batch_size], prompts[start : start + self.batch_size])
             answered = torch.isin(logits.argmax(-1).cpu(), self.replies)

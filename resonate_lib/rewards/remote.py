@@ -96,6 +96,10 @@ class RemoteJudge:
         logit, mass, answered = (torch.tensor(column) for column in zip(*answers, strict=True))
         return judged(logit.float(), mass.float(), answered, self.fallback)
 
+    def question(self, caption: str) -> str:
+        """What is asked of a clip, as the server is told, to be read."""
+        return json.dumps(conversation(self.family, {"type": "input_audio"}, QUESTION.format(caption=caption)), indent=1)
+
     def body(self, clip: Tensor, prompt: str) -> dict:
         """The request for one clip (T,) at 16 kHz: one token, greedy, with its `top` log-probabilities."""
         buffer = io.BytesIO()
