@@ -177,7 +177,7 @@ class Run:
         if folder is None:
             made = Generator.load_published(suite.weights, seconds=suite.seconds, **places)
         else:
-            made = Generator.load(folder, suite.weights if published else None, **places)
+            made = Generator.load(folder, suite.weights if Path(suite.weights).is_dir() else None, **places)
         if made.parts:
             self.record("inputs", made.provenance())
         return made
@@ -212,6 +212,16 @@ class Run:
             return open_judge(source)  # the small judge of this package
         here = {"quantisation": config.lalm_quantisation or None, "offload": config.lalm_offload}
         return open_judge(source, fallback=config.lalm_fallback, **({} if source.startswith("http") else here))
+
+    def aesthetics(self):
+        """AudioBox-Aesthetics where `reward.aesthetics_source` names it, else None; made once a run."""
+        source = resolve(RewardConfig, self.profile).aesthetics_source
+        if source and "aesthetics" not in self.loaded:
+            from resonate_lib.evaluation.aesthetics import Aesthetics
+
+            self.record("inputs", {"aesthetics": {"source": source}})
+            self.loaded["aesthetics"] = Aesthetics.load(source)
+        return self.loaded.get("aesthetics")
 
     def reward(self, spec: str, *, text=None):
         """The reward that a line of configuration names (`rewards.load_reward`), of this run's models."""

@@ -22,6 +22,8 @@ from resonate_lib.config import plain
 from resonate_lib.data import scenes
 from resonate_lib.data.corpus import Corpus, open_corpus, to_int16
 from resonate_lib.evaluation.judge import Judge, fit_judge, freeze_threshold
+from resonate_lib.evaluation.worlds import FolderWorld
+from resonate_lib.models.generator import Generator
 from resonate_lib.rewards.clap import ClapReward, fit_clap
 from resonate_lib.rewards.lalm import LalmReward
 from resonate_lib.rewards.lalm_training import fit_lalm
@@ -74,6 +76,36 @@ def vary_level(corpus: Corpus, *, seed: int = 0) -> None:
         corpus.audio[index] = np.rint(clip * gain).astype(np.int16)
 
 
+def to_build(run, world) -> list[str]:
+    """What a run trains before anything else: all of it from scratch; else the base where the shipped one is of another seed.
+
+    Of recordings in a folder the base alone, from scratch: its rewards are published models.
+    """
+    found = None if run.from_scratch else run.resolve_input("base", optional=not world.knows_events)
+    if run.from_scratch:
+        return ["base", "lalm", "lalm_eval", "judge", "clap", "clap_eval"] if world.knows_events else ["base"]
+    if found is None:
+        return []
+    own = found == run.checkpoint("base") or (world.knows_events and Generator.facts(found).get("seed", run.seed) != run.seed)
+    return ["base"] if own else []
+
+
+def demonstrate(base: Generator, world, config, *, seed: int) -> tuple[list[dict], float | None]:
+    """`config.demo_steps` steps of pre-training, for the eye: from nothing on a few scenes, or of a copy of a published base on
+    recordings. Returns the history, and the share of variance the codec keeps (None of a published one)."""
+    if world.knows_events:
+        small = Corpus.from_scenes(min(256, world.data.train_clips), seed=seed, world_seed=world.data.world_seed)
+        _, history, kept = pretrain.build_base(small, config, seed=seed, steps=config.demo_steps)
+        return history, kept
+    corpus = world.corpus("train", seed=seed)
+    copy = base.fork()
+    history = pretrain.train(copy, pretrain.encode_only(copy, corpus), corpus.captions, steps=config.demo_steps,
+                             batch_size=config.batch_size, learning_rate=config.continued_learning_rate,
+                             caption_dropout=config.caption_dropout, time_mean=config.time_mean, warmup=config.demo_steps // 4,
+                             weight_decay=config.weight_decay, precision=config.precision, seed=seed)
+    return history, None
+
+
 def train_judge(config, data, *, seed: int, checkpoint=None) -> tuple[Judge, list[dict]]:
     """A judge by a `RewardConfig`, on `data.judge_clips` scenes of all combinations: it must know every one of them."""
     number = scene_seed("judge", seed)
@@ -106,11 +138,13 @@ def train_reward(name: str, config, data, *, seed: int, checkpoint=None) -> tupl
 def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | None, cache: Path) -> list[dict]:
     """Train `name` (base, judge or a reward) from nothing and save it in `folder`; returns the training history.
 
-    configs: "pretrain", "reward" and "data", the resolved dataclasses. state: the file a killed training goes on from.
+    configs: "suite", "pretrain", "reward" and "data", the resolved dataclasses. state: the file a killed training goes on from.
     """
     data, rewards = configs["data"], configs["reward"]
     if folder.is_dir() and (history := training.history_done(state)):  # saved after its last step, by the run that is resumed
         return history
+    if name == "base" and configs["suite"].world == "folder":
+        return _build_published(configs, seed=seed, folder=folder, state=state)
     if name == "base":
         corpus = open_corpus(data, "train", seed=seed, cache=cache)
         base, history, kept = pretrain.build_base(corpus, configs["pretrain"], seed=seed, checkpoint=state)
@@ -124,6 +158,19 @@ def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | No
         trained, history = train_reward(name, rewards, data, seed=seed, checkpoint=state)
         trained.card |= {"scenes": scene_seed(name, seed), "clips": data.train_clips, "world_seed": data.world_seed}
         trained.save(folder)
+    return history
+
+
+def _build_published(configs: dict, *, seed: int, folder: Path, state: Path | None) -> list[dict]:
+    """A network trained from nothing on recordings, around the published codec and text encoder."""
+    suite, config = configs["suite"], configs["pretrain"]
+    places = {key: getattr(suite, key) or None for key in ("vae", "vocoder", "text")}
+    sizes = {key: getattr(config, key) for key in ("hidden_dim", "depth", "fused_depth", "num_heads", "mlp_ratio", "text_seq_len")}
+    generator = Generator.new_published(suite.weights, seconds=suite.seconds, seed=seed, **places, **sizes)
+    corpus = FolderWorld(configs["data"], sample_rate=suite.sample_rate, seconds=suite.seconds).corpus("train", seed=seed)
+    history = pretrain.train_by(generator, pretrain.encode_only(generator, corpus), corpus.captions, config, seed=seed,
+                                checkpoint=state)
+    generator.save(folder, seed=seed, clips=len(corpus), **plain(config))
     return history
 
 

@@ -93,8 +93,9 @@ def evaluate(
 
     generator: generate(prompts, steps, guidance_scale, seeds) -> latents, decode(latents, iterations) -> audio (B, T).
     records: prompt dicts (prompt_text, id, ...). network: stands in for generator.network and is put back after.
-    scorers: name -> reward (its .scores (B,) fill the column of that name), or name -> judge (an object with
-    score(audio, metadata) -> dict of (B,) columns; one judge at most).
+    scorers: name -> reward (its .scores (B,) fill the column of that name), name -> judge (an object with
+    score(audio, metadata) -> dict of (B,) columns; one judge at most), or name -> an object with scores(audio, sample_rate) ->
+    dict of columns (`aesthetics.Aesthetics`).
     best_of: the candidate with the highest `select` is kept; candidate 0 has the noise of best_of=1.
     setting: what is compared, such as "best guidance" (default "guidance <scale>").
     progress(done, total): called after each batch, in clips.
@@ -193,7 +194,7 @@ def _check(records, scorers, samples_per_prompt: int, best_of: int, select: str)
         raise ValueError(f"prompt id {double!r} occurs twice: ids must be unique, the noise is drawn from them")
     if samples_per_prompt < 1 or best_of < 1:
         raise ValueError(f"samples_per_prompt={samples_per_prompt}, best_of={best_of}: both must be 1 or more")
-    if best_of > 1 and (select not in scorers or hasattr(scorers[select], "score")):
+    if best_of > 1 and (select not in scorers or not callable(scorers[select])):
         raise ValueError(
             f"select={select!r}: best_of needs a reward of that name among the scorers ({', '.join(scorers)})"
         )
@@ -210,6 +211,8 @@ def _scores(
 ) -> dict[str, np.ndarray]:
     if hasattr(scorer, "score"):
         found = scorer.score(audio, records)
+    elif hasattr(scorer, "scores"):
+        found = scorer.scores(audio, sample_rate)
     else:
         found = {name: scorer(audio, sample_rate, prompts, records).scores}
     arrays = {key: torch.as_tensor(value).detach().cpu().double().numpy() for key, value in found.items()}

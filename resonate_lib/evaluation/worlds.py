@@ -159,10 +159,10 @@ def _some(records: list[dict], count: int, seed: str) -> list[dict]:
     return [records[i] for i in kept]
 
 
-def open_world(profile: str, **given) -> EmbeddedWorld | FolderWorld:
-    """The world of a profile. given: values of the data section that a notebook's parameters set."""
-    world, data = resolve(SuiteConfig, profile), resolve(DataConfig, profile, **given)
+def open_world(profile: str, *, tta_bench: str | None = None) -> EmbeddedWorld | FolderWorld:
+    """The world of a profile. tta_bench: the benchmark's folder, None for the profile's own."""
+    world, data = resolve(SuiteConfig, profile), resolve(DataConfig, profile)
     if world.world == "embedded":
         return EmbeddedWorld(data)
-    bench = resolve(EvalConfig, profile).tta_bench
+    bench = resolve(EvalConfig, profile).tta_bench if tta_bench is None else tta_bench
     return FolderWorld(data, sample_rate=world.sample_rate, seconds=world.seconds, tta_bench=bench)

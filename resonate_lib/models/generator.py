@@ -113,7 +113,7 @@ class Generator:
         weights = _present(folder, "network.safetensors")
         if config != self.network_config:
             raise ValueError(f"{folder}: its network is {config}, this one {self.network_config}; name a tuning of the same base")
-        network = _load_network(config, _float(read_weights(weights)), str(weights)).to(self.device)
+        network = _load_network(config, _float(read_weights(weights)), weights, self.text, self.codec).to(self.device)
         other = Generator(self.text, network, self.codec, config, self.parts)
         other._known = self._known
         return other
