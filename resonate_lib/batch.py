@@ -21,7 +21,7 @@ import yaml
 
 from resonate_lib import config, kernel, record, runs, versions
 from resonate_lib.config import CHECKOUT
-from resonate_lib.parameters import DATA, check, discover, inspect, reach
+from resonate_lib.parameters import SHARED, check, discover, inspect, reach
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def make_plan(request: Request, *, folder: str | os.PathLike | None = None, resu
     notebooks = discover(notebooks_path, request.only, request.all_notebooks)
     declared = {number: inspect(path) for number, path in notebooks.items()}
     parameters = check(request.overrides, declared, request.profile, params_dir)
-    resolved[DATA].update(parameters.get(DATA, {}))
+    for section in SHARED:
+        resolved[section].update(parameters.get(section, {}))
     from_path = versions.find(request.from_version, results) if request.from_version else None
     _check_data(resolved, request, from_path, notebooks)
     for line in reach(request.overrides, parameters):
@@ -114,7 +115,7 @@ def make_plan(request: Request, *, folder: str | os.PathLike | None = None, resu
 
 def _check_data(resolved: dict[str, Any], request: Request, from_path: Path | None, notebooks: dict[str, Path]) -> None:
     """Raise ValueError for data that a later notebook could not use, or that its models have met in training."""
-    data, later = resolved[DATA], [number for number in notebooks if number not in ("00", "01")]
+    data, later = resolved["data"], [number for number in notebooks if number not in ("00", "01")]
     if not later or resolved["suite"]["world"] != "embedded":
         return
     if data["folder"]:
@@ -122,7 +123,7 @@ def _check_data(resolved: dict[str, Any], request: Request, from_path: Path | No
             f"folder={data['folder']!r}: notebook {later[0]} needs to know which events a clip holds, which a caption file "
             "does not say; show your recordings with --only 01"
         )
-    theirs = versions.read(from_path)["config"][DATA]["world_seed"] if from_path else 0
+    theirs = versions.read(from_path)["config"]["data"]["world_seed"] if from_path else 0
     if data["world_seed"] != theirs and not request.from_scratch:
         raise ValueError(
             f"world_seed={data['world_seed']}: the models of {from_path.name if from_path else 'the suite'} were trained on "
@@ -231,12 +232,13 @@ def _waiting(plan: Plan, run: dict[str, Any]) -> list[tuple[str, str, int, str]]
 
 
 def _kernel_params(plan: Plan, version: Path) -> Path:
-    """The folder of the profile that kernels read: where values of the data section are given, a copy that holds them,
-    inside the version, since every notebook resolves that section for itself."""
-    if DATA not in plan.parameters:
+    """The folder of the profile that kernels read: where SHARED values are given, a copy that holds them, inside the
+    version, since every notebook resolves those sections for itself."""
+    given = {section: plan.parameters[section] for section in SHARED if section in plan.parameters}
+    if not given:
         return plan.params_dir
     content = config.load_profile(plan.request.profile, plan.params_dir)
-    content[DATA] = {**content.get(DATA, {}), **plan.parameters[DATA]}
+    content |= {section: {**content.get(section, {}), **values} for section, values in given.items()}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return record.atomic_write(version / "profile" / f"{plan.request.profile}.yaml", text).parent
 

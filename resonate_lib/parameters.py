@@ -14,7 +14,14 @@ import yaml
 
 from resonate_lib import config
 
-DATA = config.DataConfig.section
+SOURCES = ("clap_source", "lalm_source", "clap_eval_source", "lalm_eval_source", "roberta_source", "aesthetics_source")
+# {section: (dataclass, names)} of what every notebook reads from the profile for itself: a value given for it holds for all.
+SHARED: dict[str, tuple[type[config.Config], tuple[str, ...]]] = {
+    "data": (config.DataConfig, tuple(config.field_types(config.DataConfig))),
+    "suite": (config.SuiteConfig, ("weights", "vae", "vocoder", "text")),
+    "reward": (config.RewardConfig, (*SOURCES, "lalm_quantisation", "lalm_offload", "lalm_fallback")),
+    "eval": (config.EvalConfig, ("tta_bench",)),
+}
 DEFAULT_LAST = "07"  # 08 and later run with --all or --only
 RESERVED = {"profile": "--profile", "seed": "--seed", "run": "RESONATE_RESULTS"}
 FIRST_RECORDINGS = 64  # opened before a run starts
@@ -60,8 +67,8 @@ def check(
     """{notebook number: {name: value of the right type}}: each override for the notebooks it is meant for.
 
     A name is a field of one of the notebook's dataclasses, or `<section>_<field>` (`nft_steps`), and is checked by it
-    with the others given; else the annotation in the parameters cell decides. A value of the data section also stands
-    under `data`. Raises ValueError: unknown name, bad value.
+    with the others given; else the annotation in the parameters cell decides. A SHARED value also stands under its
+    section. Raises ValueError: unknown name, bad value.
     """
     given = _spread(overrides, declared)
     checked = {}
@@ -75,13 +82,15 @@ def check(
         for name in [name for name, place in places.items() if not place]:
             mine[name] = _by_annotation(name, mine[name], names[name])
         checked[number] = mine
-    data = {name: _absolute(name, value) for name, value in given[DATA].items()}
-    if data:
-        values = config.plain(config.resolve(config.DataConfig, profile, params_dir=params_dir, **data))
-        if values["folder"]:
-            values["captions"] = data["captions"] = str(_recordings(values["folder"], values["captions"]))
-            checked |= {n: mine | {"captions": values["captions"]} for n, mine in checked.items() if "captions" in declared[n]}
-        checked[DATA] = {name: values[name] for name in data}
+    for section, (cls, _) in SHARED.items():
+        mine = {name: _absolute(name, value) for name, value in given[section].items()}
+        if not mine:
+            continue
+        values = config.plain(config.resolve(cls, profile, params_dir=params_dir, **mine))
+        if section == "data" and values["folder"]:
+            values["captions"] = mine["captions"] = str(_recordings(values["folder"], values["captions"]))
+            checked |= {n: own | {"captions": values["captions"]} for n, own in checked.items() if "captions" in declared[n]}
+        checked[section] = {name: values[name] for name in mine}
     return checked
 
 
@@ -109,8 +118,8 @@ def _recordings(folder: str, captions: str) -> Path:
 
 
 def _spread(overrides: dict[str, Any], declared: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    """{notebook number or `data`: {name: value as given}}; a dotted name goes before a bare one. Raises ValueError."""
-    places = {**declared, DATA: config.field_types(config.DataConfig)}
+    """{notebook number or shared section: {name: value as given}}; a dotted name goes before a bare one. Raises ValueError."""
+    places = {**declared, **{section: dict.fromkeys(names) for section, (_, names) in SHARED.items()}}
     known = sorted({name for names in places.values() for name in names} - set(RESERVED))
     given: dict[str, dict[str, Any]] = {place: {} for place in places}
     for key in sorted(overrides, key=lambda key: "." in key):  # dotted names last: they overwrite
@@ -121,7 +130,7 @@ def _spread(overrides: dict[str, Any], declared: dict[str, dict[str, str]]) -> d
             raise ValueError(f"{config.unknown('notebook', place, list(declared))} (in -p {key}, of the notebooks selected)")
         if place and name not in places[place]:
             own = sorted(set(places[place]) - set(RESERVED))
-            raise ValueError(config.unknown(f"parameter of {'the data' if place == DATA else f'notebook {place}'}", name, own))
+            raise ValueError(config.unknown(f"parameter of {'the ' + place if place in SHARED else f'notebook {place}'}", name, own))
         if name not in known:
             raise ValueError(config.unknown("parameter", name, known) + " (in the notebooks selected)")
         for target in [place] if place else [target for target, names in places.items() if name in names]:
@@ -129,8 +138,9 @@ def _spread(overrides: dict[str, Any], declared: dict[str, dict[str, str]]) -> d
     for number in declared:
         for name, value in given[number].items():
             found = _place(number, name)
-            if found and found[0] is config.DataConfig:
-                given[DATA][found[1]] = value
+            for section, (cls, names) in SHARED.items():
+                if found and found[0] is cls and found[1] in names:
+                    given[section][found[1]] = value
     return given
 
 
@@ -138,9 +148,10 @@ def reach(overrides: dict[str, Any], parameters: dict[str, dict[str, Any]]) -> l
     """A line for each bare name that reaches several notebooks."""
     lines = []
     for name, value in overrides.items():
-        numbers = [key for key, mine in parameters.items() if key != DATA and name in mine and f"{key}.{name}" not in overrides]
-        if name in parameters.get(DATA, {}):
-            lines.append(f"{name} = {value} in the data of every notebook")
+        numbers = [k for k, mine in parameters.items() if k not in SHARED and name in mine and f"{k}.{name}" not in overrides]
+        shared = next((section for section in SHARED if name in parameters.get(section, {})), None)
+        if shared:
+            lines.append(f"{name} = {value} in the {shared} of every notebook")
         elif len(numbers) > 1:
             lines.append(f"{name} = {value} in {', '.join(numbers)} (one of them alone: -p {numbers[0]}.{name} {value})")
     return lines
@@ -171,7 +182,7 @@ def _absolute(name: str, value: Any) -> Any:
         return re.sub(r"[^+*]+\.py(?=:)", lambda match: str(_existing(name, match.group().strip())), value)
     if name in ("folder", "tta_bench", "prompt_list"):
         return str(_existing(name, value))
-    if name in ("weights", "clap_source", "lalm_source") and Path(value).expanduser().exists():
+    if name in (*SHARED["suite"][1], *SOURCES) and Path(value).expanduser().exists():
         return str(_existing(name, value))
     return value
 
