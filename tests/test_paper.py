@@ -1,0 +1,98 @@
+"""The whole suite with `--profile paper` on miniature weights in the real file formats: nothing but sizes differs from the real
+thing. Recordings, TTA-Bench's files, FluxAudio, VAE, BigVGAN, FLAN-T5, LAION-CLAP with RoBERTa, and three audio language models.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature
+import miniature_clap
+import miniature_lalm
+import pytest
+import torch
+
+from resonate_lib import audio, versions
+
+TEXTS = ("a dog barks", "rain falls on a roof", "a door shuts and a man laughs", "birds sing", "a bell rings twice", "wind blows",
+         "a car passes by", "water drips", "people talk", "an engine starts", "a cat meows", "thunder rolls", "a clock ticks",
+         "music plays", "a baby cries", "leaves rustle")  # fmt: skip
+SPLITS = ("train",) * 8 + ("validation",) * 2 + ("test",) * 12
+# What makes it small: counts, never classes. Everything not named here is paper.yaml's.
+SMALL = {
+    "seconds": "1.0", "01.train_clips": 8, "01.validation_clips": 4, "01.test_clips": 4,
+    "preview_prompts": 1, "num_steps": 2, "03.pairs": 4, "dpo_steps": 2, "03.batch_size": 2,
+    "pretrain_continued_steps": 2, "02.demo_steps": 2, "02.batch_size": 2,
+    "eval_clips": 12, "base_prompts": 4, "prompts_per_step": 2, "group_size": 3, "04.steps": 2, "05.steps": 2, "nft_steps": 2,
+    "nft_prompts_per_step": 2, "nft_group_size": 2, "06.prompts": 4, "07.prompts": 2, "validation_prompts": 2, "part_prompts": 2,
+    "best_of": 2, "bootstrap": 100, "trials": 2, "guidance_scales": "1,4.5",
+}  # fmt: skip
+
+
+def recordings(folder: Path) -> Path:
+    """22 recordings with a caption file in AudioCaps' columns, at two sample rates."""
+    folder.mkdir()
+    rows = []
+    for number, split in enumerate(SPLITS):
+        rate = (44100, 32000)[number % 2]
+        wave = 0.1 * torch.randn(2 * rate, generator=torch.Generator().manual_seed(number)).cumsum(0).clamp(-5, 5) / 5
+        audio.write(folder / f"Y{number:02d}.wav", wave, rate)
+        text = TEXTS[number % len(TEXTS)] + (" again" if number >= len(TEXTS) else "")
+        rows.append({"audio_id": f"Y{number:02d}", "caption": text, "split": split})
+    path = folder / "captions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tta_bench(folder: Path) -> Path:
+    """The benchmark's six files with a few records each, in its own columns."""
+    folder.mkdir()
+    from resonate_lib.data.prompts import TTA_BENCH_FILES
+
+    number = 0
+    for part, name in TTA_BENCH_FILES.items():
+        records = []
+        for text, relation in (("a dog barks", "None"), ("rain and wind", "parallelism"), ("a bell, then a door", "sequence"),
+                               ("a cat meows", "None")):  # fmt: skip
+            number += 1
+            events = [text] if relation == "None" else text.replace(", then", " and").split(" and ")
+            records.append({"id": f"prompt_{number:04d}", "prompt_text": text, "event_count": len(events), "event_list": events,
+                            "event_relation": relation, "source": "x", "notes": None, "perturbation_type": part})  # fmt: skip
+        (folder / name).write_text(json.dumps(records))
+    return folder
+
+
+def paper_world(folder: Path) -> dict[str, str]:
+    """Everything the profile needs, as parameters of a run."""
+    weights = miniature.build(folder / "weights")
+    checkpoint, roberta, _ = miniature_clap.make_miniature(folder / "clap")
+    judges = {kind: miniature_lalm.write(folder / kind, kind) for kind in ("qwen2_5_omni", "qwen3_omni_moe")}
+    return {
+        "weights": str(weights), "clap_source": str(checkpoint), "roberta_source": str(roberta),
+        "lalm_source": str(judges["qwen2_5_omni"]), "lalm_eval_source": str(judges["qwen3_omni_moe"]), "aesthetics_source": "",
+        "folder": str(folder / "recordings"), "captions": str(recordings(folder / "recordings")),
+        "tta_bench": str(tta_bench(folder / "tta")),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_suite_runs_at_paper_shape(tmp_path):
+    given = paper_world(tmp_path / "world") | SMALL
+    command = [sys.executable, "-m", "resonate_lib", "run", "--profile", "paper"]
+    for name, value in given.items():
+        command += ["-p", name, str(value)]
+    environment = {**os.environ, "RESONATE_RESULTS": str(tmp_path / "results"), "RESONATE_CACHE": str(tmp_path / "cache"),
+                   "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    version = Path(done.stdout.strip().splitlines()[-1])
+    run = versions.read(version)
+    assert run["status"] == "DONE"
+    headline = versions.read_table(version / "metrics" / "tta_headline.csv")
+    assert set(headline["system"]) >= {"base", "base trained on", "DPO", "GRPO (CLAP)", "GRPO (LALM)", "NFT", "best of 2"}
+    assert headline["aqa"].between(0, 1).all()
+    noted = json.dumps([item["notes"].get("inputs", {}) for item in run["notebooks"].values()])
+    assert "vae_44k" in noted and "sha256" in noted
+    assert (version / "listen.html").stat().st_size > 10_000
