@@ -22,6 +22,8 @@ import yaml
 CHECKOUT = Path(__file__).resolve().parent.parent
 MINUTES_KEYS = ("minutes", "minutes_own_base", "minutes_from_scratch")  # {notebook number: minutes}, for the first estimate
 
+TRAINED = ("all", "attention", "lora")
+
 C = TypeVar("C", bound="Config")
 
 
@@ -113,6 +115,8 @@ class PretrainConfig(Config):
     continued_steps: int = knob(300, low=1)  # the row "base trained on": about the wall time of the longest online run
     continued_learning_rate: float = knob(1e-4, above=0, high=1)  # its first rate, which falls as in pre-training
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    micro_batch: int = knob(0, low=0)  # clips per forward and backward, gradients added up; 0: all of a step at once
+    checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
 
     def check(self) -> None:
         if self.fused_depth >= self.depth:
@@ -162,11 +166,22 @@ class DPOConfig(Config):
     guidance_scale: float = knob(1.0, low=0, high=20)
     beta: float = knob(100.0, above=0)  # how far the preference may pull from the reference; larger stays closer
     learning_rate: float = knob(1e-4, above=0, high=1)
+    trained: str = knob("all", choices=TRAINED)  # as for GRPO; published: all
+    lora_rank: int = knob(32, low=1)
+    lora_alpha: float = knob(64.0, above=0)
     sft_weight: float = knob(0.0, low=0)  # weight of the winner's flow loss (the CRPO term)
     decode_iterations: int = knob(8, low=1, high=1000)  # phase-reconstruction rounds for the reward's ear
     max_grad_norm: float = knob(1.0, above=0)
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a batch
+    micro_batch: int = knob(0, low=0)  # clips per forward and backward (a pair is two), gradients added up; 0: all at once
+    checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
     reward: str = "lalm"  # reward spec: `clap`, `lalm`, a weighted mix, or module:function
+
+    def check(self) -> None:
+        if self.micro_batch == 1:
+            raise ValueError("micro_batch=1: a pair is two clips; use 2 or more, or 0 for all at once")
+
 
 
 @dataclass(frozen=True)
@@ -184,7 +199,9 @@ class GRPOConfig(Config):
     timestep_fraction: float = knob(0.99, above=0, high=1)  # share of the steps trained, counted from noise
     window: int = knob(0, low=0)  # stochastic steps a clip, from a random one on, siblings alike before; 0: all steps
     learning_rate: float = knob(1e-4, above=0, high=1)
-    trained: str = knob("all", choices=("all", "attention"))  # which weights, see `online.only`; published: all
+    trained: str = knob("all", choices=TRAINED)  # which weights, see `online.learning`; published: all
+    lora_rank: int = knob(32, low=1)  # of trained=lora; Flow-GRPO: 32
+    lora_alpha: float = knob(64.0, above=0)  # its additions count alpha / rank; Flow-GRPO: 64
     warmup_steps: int = knob(0, low=0)  # rounds until the learning rate is reached, linearly; published: 0
     clip_range: float = knob(1e-4, above=0, high=1)  # log-probs are means over dimensions, hence so small
     adv_clip: float = knob(5.0, above=0)
@@ -196,6 +213,9 @@ class GRPOConfig(Config):
     max_grad_norm: float = knob(1.0, above=0)
     decode_iterations: int = knob(8, low=1, high=1000)
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a round
+    micro_batch: int = knob(0, low=0)  # clips per forward and backward, gradients added up; 0: all at once
+    checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
     reward: str = "clap"
 
     @property
@@ -206,6 +226,12 @@ class GRPOConfig(Config):
     def check(self) -> None:
         if self.kind == "cps" and self.noise_level > 1:
             raise ValueError(f"noise_level={self.noise_level}: at most 1 with kind=cps")
+        for name in ("sample_batch", "micro_batch"):
+            if getattr(self, name) == 1:
+                raise ValueError(
+                    f"{name}=1: a clip alone is computed by other kernels, so its first ratio is off by more than the "
+                    "clip_range; use 2 or more, or 0 for all at once"
+                )
         _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
         trained = self.trainable_steps
         if trained < 1:
@@ -231,7 +257,9 @@ class NFTConfig(Config):
     num_steps: int = knob(10, low=1, high=1000)  # Euler steps per clip
     guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # of the sampling, by round in turn
     learning_rate: float = knob(3e-4, above=0, high=1)
-    trained: str = knob("all", choices=("all", "attention"))  # as for GRPO
+    trained: str = knob("all", choices=TRAINED)  # as for GRPO; published: lora
+    lora_rank: int = knob(32, low=1)
+    lora_alpha: float = knob(64.0, above=0)
     warmup_steps: int = knob(0, low=0)  # as for GRPO
     b: float = knob(1.0, above=0, high=1)  # strength of the implicit policies
     beta_kl: float = knob(1e-4, low=0)
@@ -247,6 +275,9 @@ class NFTConfig(Config):
     max_grad_norm: float = knob(1.0, above=0)
     decode_iterations: int = knob(8, low=1, high=1000)
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a round
+    micro_batch: int = knob(0, low=0)  # clips per forward and backward, gradients added up; 0: all at once
+    checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
     reward: str = "clap"
 
     def check(self) -> None:

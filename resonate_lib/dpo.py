@@ -14,7 +14,17 @@ from torch import Tensor
 
 from resonate_lib import flow
 from resonate_lib.models.flux_audio import Condition, FluxAudio
-from resonate_lib.online import SAVE_EVERY, collect, draw_seed, frozen_copy, make_optimizer, optimizer_step
+from resonate_lib.online import (
+    SAVE_EVERY,
+    collect,
+    draw_seed,
+    learning,
+    make_optimizer,
+    optimizer_step,
+    parts,
+    reference_of,
+    weighted_mean,
+)
 from resonate_lib.training import autocast, fit
 
 PROMPTS_PER_BATCH = 32  # of pair making; bounds memory and does not change the pairs' seeds
@@ -112,7 +122,7 @@ def _pair_batch(generator, network, reward, records, config, seed):
     """(win, lose, cond, rewards, prompts) of one batch, ties left out."""
     rollouts = collect(
         generator, network, reward, records, group_size=2, steps=config.num_steps, guidance_scale=config.guidance_scale,
-        seed=seed, decode_iterations=config.decode_iterations, precision=config.precision,
+        seed=seed, decode_iterations=config.decode_iterations, precision=config.precision, sample_batch=config.sample_batch,
     )  # fmt: skip
     scores = rollouts.rewards.view(-1, 2)
     first = 2 * torch.arange(len(scores)) + (scores[:, 1] > scores[:, 0]).long()
@@ -140,16 +150,27 @@ def pair_errors(
 def update(network, reference, optimizer, pairs: Pairs, config, generator: torch.Generator) -> dict[str, float]:
     """One optimizer step on config.batch_size pairs drawn without replacement (all of them when there are fewer).
 
-    t is uniform on [0, 1] (published; TangoFlux: logit-normal).
+    A pass takes at most config.micro_batch clips, half as many pairs. t is uniform on [0, 1] (published; TangoFlux: logit-normal).
     """
     rows = torch.randperm(len(pairs), generator=generator)[: config.batch_size]
     t = torch.rand(len(rows), generator=generator)
     noise = torch.randn(len(rows), *pairs.win.shape[1:], generator=generator)
+    slices = parts(len(rows), config.micro_batch // 2)
+    shares = [(part.stop - part.start) / len(rows) for part in slices]
+    reports = [
+        _backward_pairs(network, reference, pairs, rows[part], t[part], noise[part], config, share)
+        for part, share in zip(slices, shares, strict=True)
+    ]
+    return weighted_mean(reports, shares) | {"grad_norm": optimizer_step(network, optimizer, config.max_grad_norm)}
+
+
+def _backward_pairs(network, reference, pairs: Pairs, rows: Tensor, t, noise, config, share: float) -> dict[str, float]:
+    """Add the gradient of the pairs `rows`, which are a `share` of the step's."""
     err_win, err_lose = pair_errors(network, pairs, rows, t, noise, config.precision)
     with torch.no_grad():
         ref_win, ref_lose = pair_errors(reference, pairs, rows, t, noise, config.precision)
     out = crpo_loss(err_win, ref_win, err_lose, ref_lose, beta=config.beta, sft_weight=config.sft_weight)
-    out.loss.backward()
+    (out.loss * share).backward()
     return {
         "loss": out.loss.item(),
         "accuracy": out.accuracy.item(),
@@ -158,7 +179,6 @@ def update(network, reference, optimizer, pairs: Pairs, config, generator: torch
         "err_win_ref": ref_win.mean().item(),
         "err_lose": err_lose.mean().item(),
         "err_lose_ref": ref_lose.mean().item(),
-        "grad_norm": optimizer_step(network, optimizer, config.max_grad_norm),
     }
 
 
@@ -174,19 +194,18 @@ def train(
     same start; the pairs are a function of it and the seed). callback(i, metrics) runs after each step. Every row
     repeats pairs, tied_pairs, reward_win and reward_lose of the data.
     """
-    network = generator.network.train()
-    reference = frozen_copy(network)
-    pairs = make_pairs(generator, reference, reward, records, config, seed=seed) if pairs is None else pairs
-    win, lose = pairs.rewards.mean(0).tolist()
-    data = {"pairs": float(len(pairs)), "tied_pairs": float(pairs.ties), "reward_win": win, "reward_lose": lose}
-    optimizer = make_optimizer(network, config.learning_rate)
+    with learning(generator.network.train(), config, seed=seed) as policy:
+        reference = reference_of(policy)
+        pairs = make_pairs(generator, reference, reward, records, config, seed=seed) if pairs is None else pairs
+        win, lose = pairs.rewards.mean(0).tolist()
+        data = {"pairs": float(len(pairs)), "tied_pairs": float(pairs.ties), "reward_win": win, "reward_lose": lose}
+        optimizer = make_optimizer(policy, config.learning_rate)
 
-    def step(i: int, random: torch.Generator) -> dict[str, float]:
-        metrics = update(network, reference, optimizer, pairs, config, random) | data
-        if callback is not None:
-            callback(i, metrics)
-        return metrics
+        def step(i: int, random: torch.Generator) -> dict[str, float]:
+            metrics = update(policy, reference, optimizer, pairs, config, random) | data
+            if callback is not None:
+                callback(i, metrics)
+            return metrics
 
-    modules = {"network": network, "optimizer": optimizer}
-    return fit(step, steps=config.steps, modules=modules, label="DPO", seed=seed, checkpoint=checkpoint,
-               save_every=SAVE_EVERY)
+        return fit(step, steps=config.steps, modules={"network": policy, "optimizer": optimizer}, label="DPO", seed=seed,
+                   checkpoint=checkpoint, save_every=SAVE_EVERY)

@@ -18,17 +18,20 @@ from resonate_lib.online import (
     Rollouts,
     average_in,
     collect,
+    companion_of,
     draw_records,
     draw_seed,
-    frozen_copy,
     group_advantages,
+    learning,
     make_optimizer,
     mean_of,
     minibatches,
-    only,
     optimizer_step,
+    parts,
+    reference_of,
     reward_metrics,
     warm_up,
+    weighted_mean,
 )
 from resonate_lib.training import autocast, fit
 
@@ -164,6 +167,17 @@ def _step_loss(network, reference, rollouts: Rollouts, rows: Tensor, j: int, con
     }
 
 
+def _backward_step(network, reference, rollouts: Rollouts, rows: Tensor, j: int, config, steps: int) -> dict[str, float]:
+    """Add the gradient of trajectory step j, one of `steps`, on the clips `rows`, config.micro_batch of them at a time."""
+    slices = parts(len(rows), config.micro_batch)
+    shares, reports = [(part.stop - part.start) / len(rows) for part in slices], []
+    for part, share in zip(slices, shares, strict=True):
+        loss, report = _step_loss(network, reference, rollouts, rows[part], j, config)
+        (loss * share / steps).backward()
+        reports.append(report)
+    return weighted_mean(reports, shares, largest=("ratio_deviation",))
+
+
 def update(network, optimizer, reference, rollouts: Rollouts, config, generator: torch.Generator) -> dict[str, float]:
     """One pass over the rollouts: `config.minibatches` optimizer steps, each over all trained trajectory steps.
 
@@ -182,9 +196,7 @@ def update(network, optimizer, reference, rollouts: Rollouts, config, generator:
         return {"ratio_mean": 1.0, **dict.fromkeys(names, 0.0), "trained_clips": 0.0, "skipped": 1.0}
     for part in minibatches(kept, config.minibatches, generator):
         for j in steps:
-            loss, row = _step_loss(network, reference, rollouts, part, j, config)
-            (loss / len(steps)).backward()
-            rows.append(row)
+            rows.append(_backward_step(network, reference, rollouts, part, j, config, len(steps)))
         norms.append(optimizer_step(network, optimizer, config.max_grad_norm))
     return {
         **mean_of(rows),
@@ -206,32 +218,31 @@ def train(
     weights over the rounds (`online.average_in`). callback(i, metrics) runs after each step. Metrics:
     `online.reward_metrics` and `update`. Source: the published trainer's loop.
     """
-    network = generator.network.train()
-    reference = frozen_copy(network) if config.beta > 0 else None
-    average = frozen_copy(network) if config.ema else network
     sde = {"noise_level": config.noise_level, "kind": config.kind}
+    with learning(generator.network.train(), config, seed=seed) as policy:
+        reference = reference_of(policy) if config.beta > 0 else None
+        average = companion_of(policy, "average") if config.ema else policy
+        optimizer = make_optimizer(policy, config.learning_rate)
 
-    def step(i: int, random: torch.Generator) -> dict[str, float]:
-        warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
-        chosen = draw_records(records, config.prompts_per_step, random)
-        rollouts = collect(
-            generator, network, reward, chosen, group_size=config.group_size, steps=config.num_steps,
-            sde={**sde, "window": draw_window(config, random)},
-            guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random),
-            decode_iterations=config.decode_iterations, precision=config.precision,
-        )  # fmt: skip
-        rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
-        metrics = reward_metrics(rollouts) | update(network, optimizer, reference, rollouts, config, random)
-        if config.ema:
-            average_in(average, network, i, config.ema)
-        if callback is not None:
-            callback(i, metrics)
-        return metrics
+        def step(i: int, random: torch.Generator) -> dict[str, float]:
+            warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
+            chosen = draw_records(records, config.prompts_per_step, random)
+            rollouts = collect(
+                generator, policy, reward, chosen, group_size=config.group_size, steps=config.num_steps,
+                sde={**sde, "window": draw_window(config, random)},
+                guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random),
+                decode_iterations=config.decode_iterations, precision=config.precision, sample_batch=config.sample_batch,
+            )  # fmt: skip
+            rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
+            metrics = reward_metrics(rollouts) | update(policy, optimizer, reference, rollouts, config, random)
+            if config.ema:
+                average_in(average, policy, i, config.ema)
+            if callback is not None:
+                callback(i, metrics)
+            return metrics
 
-    with only(network, config.trained):
-        optimizer = make_optimizer(network, config.learning_rate)
-        modules = {"network": network, "optimizer": optimizer} | ({"average": average} if config.ema else {})
+        modules = {"network": policy, "optimizer": optimizer} | ({"average": average} if config.ema else {})
         history = fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
                       save_every=SAVE_EVERY)
-    network.load_state_dict(average.state_dict())
+        policy.load_state_dict(average.state_dict())
     return history

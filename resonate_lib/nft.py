@@ -14,18 +14,21 @@ from resonate_lib.online import (
     Rollouts,
     average_in,
     collect,
+    companion_of,
     draw_records,
     draw_seed,
     follow,
-    frozen_copy,
     group_advantages,
+    learning,
     make_optimizer,
     mean_of,
     minibatches,
-    only,
     optimizer_step,
+    parts,
+    reference_of,
     reward_metrics,
     warm_up,
+    weighted_mean,
 )
 from resonate_lib.training import autocast, fit
 
@@ -108,6 +111,17 @@ def _sample_loss(
     return loss, {"loss": loss.item(), "kl": kl.item(), "drift": drift}
 
 
+def _backward_time(networks, rollouts: Rollouts, rows: Tensor, t: Tensor, noise: Tensor, config) -> dict[str, float]:
+    """Add the gradient of one time per clip, config.micro_batch clips at a time."""
+    slices = parts(len(rows), config.micro_batch)
+    shares, reports = [(part.stop - part.start) / len(rows) for part in slices], []
+    for part, share in zip(slices, shares, strict=True):
+        loss, report = _sample_loss(networks, rollouts, rows[part], t[part], noise[part], config)
+        (loss * share / config.times_per_sample).backward()
+        reports.append(report)
+    return weighted_mean(reports, shares)
+
+
 def update(networks, optimizer, rollouts: Rollouts, config, generator: torch.Generator) -> dict[str, float]:
     """One pass: `config.minibatches` optimizer steps, `times_per_sample` times per clip in each. Clips of advantage
     0 (tied groups) are dropped.
@@ -127,9 +141,7 @@ def update(networks, optimizer, rollouts: Rollouts, config, generator: torch.Gen
         )
         for t in times:
             noise = torch.randn(rollouts.groups, *rollouts.latents.shape[1:], generator=generator)
-            loss, row = _sample_loss(networks, rollouts, part, t[ids[part]], noise[ids[part]], config)
-            (loss / config.times_per_sample).backward()
-            rows.append(row)
+            rows.append(_backward_time(networks, rollouts, part, t[ids[part]], noise[ids[part]], config))
         norms.append(optimizer_step(networks[0], optimizer, config.max_grad_norm))
     summary = {"grad_norm": sum(norms) / len(norms), "trained_clips": float(len(kept)), "skipped": 0.0}
     return mean_of(rows) | summary
@@ -145,38 +157,30 @@ def train(
     it. The reference of the KL is the network as it is when this is called. What remains at the end is the average of
     the weights over the rounds (`online.average_in`, by `config.ema`). callback(i, metrics) runs after each step.
     """
-    network = generator.network.train()
-    reference = frozen_copy(network) if config.beta_kl > 0 else None
-    old, average = frozen_copy(network), frozen_copy(network) if config.ema else network
+    with learning(generator.network.train(), config, seed=seed) as policy:
+        reference = reference_of(policy) if config.beta_kl > 0 else None
+        old, average = companion_of(policy, "old"), companion_of(policy, "average") if config.ema else policy
+        optimizer = make_optimizer(policy, config.learning_rate)
 
-    def step(i: int, random: torch.Generator) -> dict[str, float]:
-        warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
-        chosen = draw_records(records, config.prompts_per_step, random)
-        rollouts = collect(
-            generator,
-            old,
-            reward,
-            chosen,
-            group_size=config.group_size,
-            steps=config.num_steps,
-            guidance_scale=config.guidance_scales[i % len(config.guidance_scales)],
-            seed=draw_seed(random),
-            decode_iterations=config.decode_iterations,
-            precision=config.precision,
-        )
-        rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
-        metrics = reward_metrics(rollouts) | update((network, old, reference), optimizer, rollouts, config, random)
-        follow(old, network, old_policy_decay(i, config.decay))
-        if config.ema:
-            average_in(average, network, i, config.ema)
-        if callback is not None:
-            callback(i, metrics)
-        return metrics
+        def step(i: int, random: torch.Generator) -> dict[str, float]:
+            warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
+            chosen = draw_records(records, config.prompts_per_step, random)
+            rollouts = collect(
+                generator, old, reward, chosen, group_size=config.group_size, steps=config.num_steps,
+                guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random),
+                decode_iterations=config.decode_iterations, precision=config.precision, sample_batch=config.sample_batch,
+            )  # fmt: skip
+            rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
+            metrics = reward_metrics(rollouts) | update((policy, old, reference), optimizer, rollouts, config, random)
+            follow(old, policy, old_policy_decay(i, config.decay))
+            if config.ema:
+                average_in(average, policy, i, config.ema)
+            if callback is not None:
+                callback(i, metrics)
+            return metrics
 
-    with only(network, config.trained):
-        optimizer = make_optimizer(network, config.learning_rate)
-        modules = {"network": network, "optimizer": optimizer, "old": old} | ({"average": average} if config.ema else {})
+        modules = {"network": policy, "optimizer": optimizer, "old": old} | ({"average": average} if config.ema else {})
         history = fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
                       save_every=SAVE_EVERY)
-    network.load_state_dict(average.state_dict())
+        policy.load_state_dict(average.state_dict())
     return history

@@ -5,8 +5,9 @@ No loss here: `grpo.py`, `nft.py` and `dpo.py` decide what to learn from the rol
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +74,24 @@ def draw_records(records: list[dict], count: int, generator: torch.Generator) ->
     return [records[i] for i in torch.randperm(len(records), generator=generator)[:count].tolist()]
 
 
+def k_repeat_indices(
+    dataset_len: int, batch_size: int, k: int, *, epoch: int, replicas: int = 1, rank: int = 0, seed: int = 42
+) -> list[int]:
+    """The published sampler's record numbers of one batch: batch_size of them on each of `replicas` devices, here for `rank`.
+
+    Over all devices each drawn record comes k times, shuffled; `epoch` is the number of the batch since training began. The
+    suite draws by `draw_records` and keeps siblings adjacent; this repeats the published draws. ValueError when k does not
+    divide the batch, or there are fewer records than it takes. Source: the published trainer (Flow-GRPO's sampler).
+    """
+    total = replicas * batch_size
+    if total % k or total // k > dataset_len:
+        raise ValueError(f"k={k}: must divide replicas * batch_size = {total}, and {total}/k must be at most {dataset_len} records")
+    generator = torch.Generator().manual_seed(seed + epoch)
+    drawn = torch.randperm(dataset_len, generator=generator)[: total // k].repeat_interleave(k)
+    shuffled = drawn[torch.randperm(total, generator=generator)]
+    return shuffled[rank * batch_size : (rank + 1) * batch_size].tolist()
+
+
 def draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (1,), generator=generator))
 
@@ -86,7 +105,7 @@ def sample_seeds(seed: int, count: int) -> list[int]:
 @torch.no_grad()
 def collect(
     generator, network: FluxAudio, reward, records: list[dict], *, group_size: int, steps: int, guidance_scale: float,
-    seed: int, decode_iterations: int, sde: dict | None = None, precision: str = "auto",
+    seed: int, decode_iterations: int, sde: dict | None = None, precision: str = "auto", sample_batch: int = 0,
 ) -> Rollouts:  # fmt: skip
     """Sample group_size clips for each record, decode them and score them.
 
@@ -94,12 +113,14 @@ def collect(
     a copy of generator.network). records: dicts with prompt_text, handed to the reward as metadata. sde: keyword
     arguments of `samplers.rollout` (noise_level, kind, window, last_step_noise), or None for the deterministic solver.
     The first noise and all later ones of clip i come from one generator seeded by (seed, i); with a window the siblings
-    (clips of one prompt) share the first noise, so that they differ by the window's alone. Advantages are None: deviations are the
-    algorithm's choice.
+    (clips of one prompt) share the first noise, so that they differ by the window's alone. sample_batch: most clips
+    sampled, decoded and scored at once (0: all); it bounds memory and changes nothing but rounding. Advantages are None:
+    deviations are the algorithm's choice.
     """
     metadata = [record for record in records for _ in range(group_size)]
     prompts = [record["prompt_text"] for record in metadata]
     cond = generator.encode_prompts([record["prompt_text"] for record in records]).repeat(group_size)
+    cond = cond.to(network.latent_mean.device)
     sources = [torch.Generator().manual_seed(s) for s in sample_seeds(seed, len(prompts))]
     device = network.latent_mean.device
     noise = torch.stack([torch.randn(*generator.latent_shape, generator=g) for g in sources]).to(device)
@@ -107,20 +128,49 @@ def collect(
     group_ids = torch.tensor([numbers[prompt] for prompt in prompts])
     if sde is not None and sde.get("window"):
         noise = noise[[prompts.index(prompt) for prompt in prompts]]
-    trajectory = None
-    with autocast(precision, device.type):
-        if sde is None:
-            latents = samplers.ode_sample(network, noise, cond, steps=steps, guidance_scale=guidance_scale)
-        else:
-            trajectory = samplers.rollout(
-                network, noise, cond, steps=steps, guidance_scale=guidance_scale, generators=sources, **sde
-            )
-            latents = trajectory.final
-    audio = generator.decode(latents, iterations=decode_iterations)
-    result = reward(audio, generator.sample_rate, prompts, metadata)
+
+    def sample(rows: slice):
+        trajectory = None
+        with autocast(precision, device.type):
+            if sde is None:
+                latents = samplers.ode_sample(network, noise[rows], cond.index(rows), steps=steps, guidance_scale=guidance_scale)
+            else:
+                trajectory = samplers.rollout(
+                    network, noise[rows], cond.index(rows), steps=steps, guidance_scale=guidance_scale,
+                    generators=sources[rows], **sde,
+                )  # fmt: skip
+                latents = trajectory.final
+        audio = generator.decode(latents, iterations=decode_iterations)
+        result = reward(audio, generator.sample_rate, prompts[rows], metadata[rows])
+        return latents, trajectory, audio.cpu(), result.scores.float().cpu(), result.parts
+
+    latents, trajectories, audio, scores, named = zip(*map(sample, parts(len(prompts), sample_batch)), strict=True)
     return Rollouts(
-        latents, cond, result.scores.float().cpu(), result.parts, group_ids, None, trajectory, prompts, audio, guidance_scale
-    )
+        _join(latents), cond, _join(scores), {name: _join([part[name] for part in named]) for name in named[0]}, group_ids,
+        None, None if sde is None else _join_trajectories(trajectories), prompts, _join(audio), guidance_scale,
+    )  # fmt: skip
+
+
+def parts(count: int, most: int) -> list[slice]:
+    """0 .. count-1 in as few slices of at most `most` as there can be (0: one of all), their lengths differing by one at most.
+
+    Even lengths because the length picks the kernels, and those the rounding: clips scored in batches of the length they
+    were sampled in have a first ratio of exactly 1. In others it is off by about 1e-6 in float32; in bfloat16 on a CPU it
+    still is exactly 1 (tested), except for a clip alone, whose ratio is off by 2e-4, twice the published clip_range.
+    """
+    number = -(-count // most) if most else 1
+    edges = [count * i // number for i in range(number + 1)]
+    return [slice(first, last) for first, last in itertools.pairwise(edges)]
+
+
+def _join(tensors) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _join_trajectories(pieces: tuple[samplers.Trajectory, ...]) -> samplers.Trajectory:
+    """Rollouts of several batches as one; grid, noise level and stochastic steps are common to them."""
+    joined = {name: _join([getattr(piece, name) for piece in pieces]) for name in ("latents", "log_probs", "noises")}
+    return replace(pieces[0], **joined)
 
 
 def reward_metrics(rollouts: Rollouts) -> dict[str, float]:
@@ -182,6 +232,43 @@ def only(network: FluxAudio, trained: str) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def learning(network: FluxAudio, config, *, seed: int = 0) -> Iterator:
+    """Within the block, what learns: the network itself, or with config.trained "lora" adapters on it that stand for it.
+
+    "all" and "attention": see `only`. "lora": `models.lora` with config.lora_rank and lora_alpha, drawn from the seed; at the
+    end of the block they are merged, so that the network is an ordinary one again. config.checkpointing holds meanwhile.
+    """
+    network.checkpointing, network.adapter = config.checkpointing, None
+    try:
+        if config.trained != "lora":
+            with only(network, config.trained):
+                yield network
+            return
+        from resonate_lib.models import lora  # peft takes seconds to import
+
+        policy = lora.attach(network, config.lora_rank, config.lora_alpha, seed=seed)
+        try:
+            yield policy
+        finally:
+            lora.merge(policy)
+    finally:
+        network.checkpointing = False
+
+
+def reference_of(policy):
+    """What the policy of `learning` was at its start and stays: a frozen copy, or the network without its adapters."""
+    return frozen_copy(policy) if isinstance(policy, torch.nn.Module) else policy.reference()
+
+
+def companion_of(policy, name: str):
+    """A policy equal to this one that moves only by `follow`: a frozen copy, or one more adapter on the same network.
+
+    Of adapters A and B are averaged, not their product, as Flow-GRPO and DiffusionNFT do.
+    """
+    return frozen_copy(policy) if isinstance(policy, torch.nn.Module) else policy.companion(name)
+
+
 def make_optimizer(network: FluxAudio, learning_rate: float) -> torch.optim.AdamW:
     """AdamW over the trainable float32 weights with the published RL settings (betas 0.9/0.999, weight decay 1e-4, eps
     1e-8).
@@ -214,7 +301,7 @@ def optimizer_step(network: FluxAudio, optimizer: torch.optim.Optimizer, max_gra
 
 
 def frozen_copy(network: FluxAudio) -> FluxAudio:
-    """A deep copy that is never trained: reference or old policy."""
+    """A deep copy that is never trained."""
     import copy
 
     return copy.deepcopy(network).eval().requires_grad_(False)
@@ -223,6 +310,14 @@ def frozen_copy(network: FluxAudio) -> FluxAudio:
 def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     """Column means of equal dicts."""
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def weighted_mean(rows: list[dict[str, float]], weights: list[float], largest: tuple[str, ...] = ()) -> dict[str, float]:
+    """Column means of equal dicts by weights that sum to 1; of the columns `largest` the maximum."""
+    if len(rows) == 1:
+        return rows[0]
+    mean = {key: sum(weight * row[key] for weight, row in zip(weights, rows, strict=True)) for key in rows[0]}
+    return mean | {key: max(row[key] for row in rows) for key in largest}
 
 
 @torch.no_grad()

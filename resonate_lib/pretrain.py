@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from resonate_lib import flow, training
+from resonate_lib import flow, online, training
 from resonate_lib.models.codec import MelCodec
 from resonate_lib.models.generator import Generator
 
@@ -50,14 +50,16 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
           learning_rate: float = 1e-3, caption_dropout: float = 0.1, time_mean: float = 0.0,
           warmup: int = 100, weight_decay: float = 1e-6,
           precision: str = "auto", seed: int = 0, checkpoint=None,
-          label: str = "base") -> list[dict]:
+          label: str = "base", micro_batch: int = 0, checkpointing: bool = False) -> list[dict]:
     """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
 
     Channels count by the square root of their deviation in the raw latent: whitened principal components are equally loud to
     the network, but the first carry the events and the last only texture. AdamW (0.9, 0.95), gradient norm at most 1,
-    published schedule, which ends at a hundredth of the rate.
+    published schedule, which ends at a hundredth of the rate. micro_batch: clips per forward and backward (0: all);
+    checkpointing: see `FluxAudio`.
     """
     network = generator.network.train()
+    network.checkpointing, network.adapter = checkpointing, None
     weight = channel_weight(generator)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     factor = lambda i: learning_rate_factor(i, steps, warmup)  # noqa: E731
@@ -67,20 +69,37 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
         positions = torch.randint(len(latents), (batch_size,), generator=rng).tolist()
         words = np.random.default_rng(int(torch.randint(2**31, (1,), generator=rng)))
         condition = generator.encode_prompts(captions(positions, words))
-        with training.autocast(precision):
-            loss = flow.flow_loss(network, latents[positions], condition, generator=rng, caption_dropout=caption_dropout,
-                                  time_mean=time_mean, weight=weight)
+        draws = _draw(latents[positions], rng, caption_dropout, time_mean)
         optimizer.zero_grad()
-        loss.backward()
+        loss = sum(_backward(network, draws, condition, part, weight, precision) for part in online.parts(batch_size, micro_batch))
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        return {"loss": loss.item(), "grad_norm": norm.item()}
+        return {"loss": loss, "grad_norm": norm.item()}
 
     history = training.fit(step, steps=steps, label=label, seed=seed, checkpoint=checkpoint, save_every=500,
                            modules={"network": network, "optimizer": optimizer, "schedule": schedule})
-    network.eval()
+    network.eval().checkpointing = False
     return history
+
+
+def _draw(latents, rng, caption_dropout, time_mean):
+    """(latents, t (B,), noise (B, N, C), drop (B,)) of a step, drawn in the order of `flow.flow_loss`."""
+    t = (torch.randn(len(latents), generator=rng) + time_mean).sigmoid()
+    noise = torch.randn(latents.shape, generator=rng)
+    return latents, t, noise, torch.rand(len(latents), generator=rng) < caption_dropout
+
+
+def _backward(network, draws, condition, part: slice, weight, precision) -> float:
+    """Add the gradient of `flow.flow_loss` on a part of the batch, whose draws are made; returns what it adds to the loss."""
+    share, device = (part.stop - part.start) / condition.batch, network.latent_mean.device
+    latents, t, noise, drop = (tensor[part].to(device) for tensor in draws)
+    with training.autocast(precision, device.type):
+        heard = flow.dropped_condition(network, condition.index(part).to(device), drop)
+        velocity = flow.guided(network, flow.interpolate(latents, noise, t), t, heard, 1.0)
+        loss = flow.velocity_error(velocity, flow.velocity_target(latents, noise), weight=weight).mean() * share
+    loss.backward()
+    return loss.item()
 
 
 @torch.no_grad()
@@ -108,6 +127,6 @@ def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, check
                     batch_size=config.batch_size, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
                     caption_dropout=config.caption_dropout, time_mean=config.time_mean,
                     warmup=min(config.warmup_steps, (steps or config.steps) // 4),
-                    precision=config.precision, seed=seed,
-                    checkpoint=checkpoint)
+                    precision=config.precision, seed=seed, checkpoint=checkpoint, micro_batch=config.micro_batch,
+                    checkpointing=config.checkpointing)
     return generator, history, kept

@@ -5,11 +5,12 @@ Parameter names, shapes and results are those of the published network (arXiv 26
 codecs live elsewhere.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from resonate_lib.models.layers import (
     MAX_LATENT_POSITIONS,
@@ -22,6 +23,9 @@ from resonate_lib.models.layers import (
     TimestepEmbedder,
     rope_table,
 )
+
+if TYPE_CHECKING:
+    from resonate_lib.models.lora import Adapter
 
 _STRAY_KEYS = ("t_embed.freqs", "latent_rot", "text_rot")
 
@@ -84,7 +88,14 @@ class FluxAudio(nn.Module):
     text_seq_len). mlp_ratio sets the gated MLPs' width (see `layers.gated_width`). latent_mean / latent_std (C,) and
     empty_string_feat (text_seq_len, text_dim) / empty_string_feat_c (text_c_dim,) are stored in the checkpoint, which
     overrides what is given here; means and deviations are NaN and the empty string zeros until then.
+
+    checkpointing: set it to compute the blocks again in the backward pass of training instead of keeping what they hold
+    (a third more arithmetic for a fraction of the memory, same gradients). adapter: what the last LoRA training merged into
+    the weights (see `models.lora`). Neither is stored with the weights.
     """
+
+    checkpointing: bool = False
+    adapter: "Adapter | None" = None
 
     def __init__(
         self, *, latent_dim: int, text_dim: int, text_c_dim: int, hidden_dim: int, depth: int, fused_depth: int,
@@ -188,10 +199,16 @@ class FluxAudio(nn.Module):
         c_act = F.silu(c)  # the nonlinearity in front of every block's modulation
         x, tokens = self.audio_input_proj(latent), text.text_f
         for block in self.joint_blocks:
-            x, tokens = block(x, tokens, c_act, tables)
+            x, tokens = self._run(block, x, tokens, c_act, tables)
         for block in self.fused_blocks:
-            x = block(x, c_act, tables[0])
+            x = self._run(block, x, c_act, tables[0])
         return self.final_layer(x, c_act)
+
+    def _run(self, block: nn.Module, *inputs):
+        """The block's output; with `checkpointing`, in training with gradients, only its inputs are kept for the backward."""
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, latent: Tensor, text_f: Tensor, text_f_c: Tensor, t: Tensor) -> Tensor:
         """latent (B, N, C), text_f (B, L, text_dim), text_f_c (B, text_c_dim), t (B,) -> velocity (B, N, C)."""
