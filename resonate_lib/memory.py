@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from resonate_lib import flow, online, training
+from resonate_lib import dpo, flow, online, training
 from resonate_lib.config import Config, DPOConfig, GRPOConfig, NFTConfig, PretrainConfig
 from resonate_lib.models import layers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 ALLOWANCE = 1_000_000_000  # of a GPU: driver, libraries and their workspaces; an allowance, not a measurement
 
 
@@ -31,16 +33,21 @@ class Row:
     part: str
     bytes: int
     phase: str = ""
-    knobs: str = ""
+    knobs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Use:
-    """Bytes of a network: parameters; trained ones; kept from a forward to its backward; at most in an update, the gradients of
-    weights apart; at most while it samples."""
+    """What `measure` found of a network, in bytes.
+
+    weights; trained ones among them, or the adapters; latent and text of one clip; kept from a forward to its backward; update:
+    at most in a forward and backward, without the gradients of weights; sampling: at most in a forward without gradients.
+    """
 
     weights: int
     trained: int
+    latent: int
+    text: int
     kept: int
     update: int
     sampling: int
@@ -79,10 +86,16 @@ class Live(TorchDispatchMode):
         return self.now
 
 
+def _compute_dtype(precision: str, device: str) -> torch.dtype:
+    """What `training.autocast` computes in."""
+    bf16 = precision == "bf16" or (precision == "auto" and training.has_fast_bf16(device))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 @contextlib.contextmanager
 def _autocast(precision: str, device: str) -> Iterator[None]:
     """`training.autocast`, which torch refuses for a GPU that is not there."""
-    if isinstance(training.autocast(precision, "cpu" if device == "cuda" and precision == "bf16" else device), contextlib.nullcontext):
+    if _compute_dtype(precision, device) == torch.float32:
         yield
         return
     torch.set_autocast_dtype(device, torch.bfloat16)
@@ -118,3 +131,191 @@ def _shapes_only(device: str) -> Iterator[None]:
     finally:
         layers.attend = attend
         layers.rope_table.cache_clear()
+
+
+def measure(
+    build: Callable[[], FluxAudio], *, clips: int, guidance_scale: float = 1.0, sample_clips: int = 0,
+    sample_guidance: float = 1.0, precision: str = "auto", device: str = "cpu", trained: str = "all", lora_rank: int = 32,
+    checkpointing: bool = False,
+) -> Use:  # fmt: skip
+    """What a network needs to train on `clips` clips at once and to sample `sample_clips` (0: nothing), in seconds.
+
+    build() makes the network; its usual latent and text lengths are taken. A guidance above 1 doubles a batch. What the
+    forward keeps is counted; the backward, which torch cannot run without the device, is taken to need one block's
+    activations more (on a CPU it needs 4 to 12 % less than that, with and without checkpointing). device: "cpu" or "cuda".
+    """
+    with _shapes_only(device), Live() as live:
+        network = build().train()
+        network.checkpointing, weights = checkpointing, live.start()
+        learner = _learner(network, trained, lora_rank)
+        learned = sum(p.numel() * p.element_size() for p in learner.parameters() if p.requires_grad)
+        kept, peak = _forward(network, live, clips, guidance_scale, precision, device)
+        block = _block(network, live, clips * (1 + (guidance_scale > 1)), precision, device)
+        sampling = 0
+        if sample_clips:
+            with torch.no_grad():
+                sampling = _forward(network, live, sample_clips, sample_guidance, precision, device)[1]
+        latent, text = 4 * network.latent_seq_len * network.latent_dim, network.empty_string_feat.nbytes
+    return Use(weights, learned, latent, text, kept, max(peak, kept + block), sampling)
+
+
+def _learner(network: FluxAudio, trained: str, lora_rank: int):
+    """What `online.learning` makes learn."""
+    if trained == "lora":
+        from resonate_lib.models import lora
+
+        device = network.latent_mean.device
+        with torch.device("meta"):  # peft would move them, which fake tensors refuse
+            adapted = lora.attach(network, lora_rank)
+        for layer in [m for m in network.modules() if isinstance(m, nn.Linear) and m.weight.device.type == "meta"]:
+            layer.weight = nn.Parameter(torch.empty_like(layer.weight, device=device), layer.weight.requires_grad)
+        return adapted
+    left_out = [p for name, p in network.named_parameters() if not any(part in name for part in online.TRAINED[trained])]
+    for parameter in left_out:
+        parameter.requires_grad_(False)
+    return network
+
+
+def _forward(network, live: Live, clips, guidance_scale, precision, device) -> tuple[int, int]:
+    """(kept at the end, at most on the way) in bytes."""
+    tokens, width = network.empty_string_feat.shape
+    condition = Condition(torch.empty(clips, tokens, width), torch.empty(clips, len(network.empty_string_feat_c)))
+    x, before = torch.empty(clips, network.latent_seq_len, network.latent_dim), live.start()
+    with _autocast(precision, device):
+        velocity = flow.guided(network, x, 0.5, condition, guidance_scale)
+    kept, peak = live.now - before, live.peak - before
+    del velocity
+    return kept, peak
+
+
+def _block(network, live: Live, batch, precision, device) -> int:
+    """Bytes that the first joint block, of the heaviest kind, keeps for its backward."""
+    dtype, tokens = _compute_dtype(precision, device), network.text_seq_len
+    x = torch.empty(batch, network.latent_seq_len, network.hidden_dim, dtype=dtype, requires_grad=True)
+    text = torch.empty(batch, tokens, network.hidden_dim, dtype=dtype, requires_grad=True)
+    c_act, tables = torch.empty(batch, 1, network.hidden_dim), network._tables(x.shape[1], tokens, x.device)
+    before = live.start()
+    with _autocast(precision, device):
+        out = network.joint_blocks[0](x, text, c_act, tables)
+    kept = live.now - before
+    del out
+    return kept
+
+
+def batches(config: Config) -> tuple[int, int]:
+    """(clips per forward and backward, clips sampled at once; 0 where nothing is sampled) of a stage's configuration."""
+    if isinstance(config, PretrainConfig):
+        return _largest(config.batch_size, config.micro_batch), 0
+    if isinstance(config, DPOConfig):
+        sampled = 2 * min(config.pairs, dpo.PROMPTS_PER_BATCH)
+        return 2 * _largest(min(config.batch_size, config.pairs), config.micro_batch // 2), _largest(sampled, config.sample_batch)
+    clips = config.prompts_per_step * config.group_size
+    if isinstance(config, NFTConfig):
+        update = -(-config.prompts_per_step // config.minibatches) * config.group_size
+    else:
+        update = -(-clips // config.minibatches)
+    return _largest(update, config.micro_batch), _largest(clips, config.sample_batch)
+
+
+def _largest(count: int, most: int) -> int:
+    return max(part.stop - part.start for part in online.parts(count, most))
+
+
+def plan(
+    build: Callable[[], FluxAudio], config: Config, *, device: str = "cuda", held: dict[str, int] | None = None,
+    decoding: int = 0, scoring: int = 0,
+) -> list[Row]:  # fmt: skip
+    """The rows of one stage: build() makes its network, config is its PretrainConfig, DPOConfig, GRPOConfig or NFTConfig.
+
+    held: bytes of whatever else is on the device throughout (codec, text encoder, reward models; see `file_bytes`).
+    decoding, scoring: bytes that the codec and the reward work in for one sampled batch.
+    """
+    clips, sampled = batches(config)
+    scales = getattr(config, "guidance_scales", None) or (getattr(config, "guidance_scale", 1.0),)
+    trained = getattr(config, "trained", "all")
+    use = measure(
+        build, clips=clips, guidance_scale=max(scales) if isinstance(config, GRPOConfig) else 1.0, sample_clips=sampled,
+        sample_guidance=max(scales), precision=config.precision, device=device, trained=trained,
+        lora_rank=getattr(config, "lora_rank", 0), checkpointing=config.checkpointing,
+    )  # fmt: skip
+    adapted = trained == "lora"
+    lora = () if adapted or isinstance(config, PretrainConfig) else ("trained=lora",)
+    less = (f"micro_batch below {clips}", *(() if config.checkpointing else ("checkpointing=true",)))
+    rows = [Row("network, float32", use.weights), *(Row(name, size) for name, size in (held or {}).items())]
+    rows += [Row("adapters", use.trained)] if adapted else []
+    rows += [Row(name, use.trained if adapted else use.weights, "", lora) for name in _copies(config)]
+    rows += [Row("optimizer state", 2 * use.trained, "", lora), Row("stored clips", _stored(config, use))]
+    rows += [Row("driver and libraries", 0 if device == "cpu" else ALLOWANCE), Row("gradients", use.trained, "update", lora)]
+    rows.append(Row(f"activations of {clips} clips", use.update, "update", less))
+    work = {"sampling": use.sampling, "decoding": decoding, "scoring": scoring}
+    rows += [Row(f"{phase} {sampled} clips", size, phase, (f"sample_batch below {sampled}",)) for phase, size in work.items()]
+    return [row for row in rows if row.bytes]
+
+
+def _copies(config: Config) -> list[str]:
+    """Other versions of what learns that a training holds; the reference of LoRA is the network itself."""
+    compared = isinstance(config, DPOConfig) or getattr(config, "beta" if isinstance(config, GRPOConfig) else "beta_kl", 0)
+    names = ["reference"] if compared and config.trained != "lora" else []
+    names += ["old policy"] if isinstance(config, NFTConfig) else []
+    return names + (["averaged weights"] if getattr(config, "ema", 0) else [])
+
+
+def _stored(config: Config, use: Use) -> int:
+    """Bytes of a round's clips: final latents or whole trajectories with their noises, and conditions."""
+    if isinstance(config, PretrainConfig):
+        return 0
+    if isinstance(config, DPOConfig):
+        return config.pairs * (2 * use.latent + use.text)
+    latents = 2 * config.num_steps + 2 if isinstance(config, GRPOConfig) else 2
+    return config.prompts_per_step * config.group_size * (latents * use.latent + use.text)
+
+
+def file_bytes(path: str | Path) -> int:
+    """Size of a weights file, or of all weights files in a folder. FileNotFoundError when there is none."""
+    path = Path(path)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in WEIGHTS and file.is_file()]
+    if not files:
+        raise FileNotFoundError(f"no weights in {path}: name a file, or a folder with {', '.join(WEIGHTS)} files")
+    return sum(file.stat().st_size for file in files)
+
+
+def total(rows: list[Row]) -> tuple[int, str]:
+    """(bytes at the worst moment, the phase it is in): what is always there and the largest phase."""
+    phases: dict[str, int] = {}
+    for row in rows:
+        phases[row.phase] = phases.get(row.phase, 0) + row.bytes
+    always = phases.pop("", 0)
+    worst = max(phases, key=phases.get, default="")
+    return always + phases.get(worst, 0), worst
+
+
+def table(rows: list[Row], available_bytes: int | None = None) -> str:
+    """The plan as text, one part a line in GB, with its total and what the device has."""
+    needed, phase = total(rows)
+    lines = [(row.part, row.bytes, row.phase or "always") for row in rows]
+    lines.append(("in all", needed, f"at most, in {phase}" if phase else ""))
+    if available_bytes is not None:
+        lines.append(("there is", available_bytes, ""))
+    width = max(len(part) for part, *_ in lines)
+    return "\n".join(f"{part:<{width}} {size / 1e9:8.2f} GB  {when}".rstrip() for part, size, when in lines)
+
+
+def check(rows: list[Row], available_bytes: int) -> None:
+    """MemoryError in one line, with the knobs that would help most, when the plan does not fit."""
+    needed, phase = total(rows)
+    if needed <= available_bytes:
+        return
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.knobs and row.phase in ("", phase):
+            groups.setdefault(row.knobs, []).append(row)
+    saved = {knobs: sum(row.bytes for row in group) for knobs, group in groups.items()}
+    advice = [f"{' or '.join(knobs)} ({', '.join(row.part for row in groups[knobs])}: {saved[knobs] / 1e9:.1f} GB)"
+              for knobs in sorted(saved, key=saved.get, reverse=True)]  # fmt: skip
+    raise MemoryError(f"needs {needed / 1e9:.1f} GB, there are {available_bytes / 1e9:.1f} GB: try "
+                      + (", ".join(advice) or "a larger device"))  # fmt: skip
+
+
+def available(device: str = "cuda") -> int:
+    """Bytes free now on the device: of the first GPU, or of RAM for "cpu"."""
+    return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
