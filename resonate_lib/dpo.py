@@ -18,12 +18,11 @@ from resonate_lib.online import (
     SAVE_EVERY,
     collect,
     draw_seed,
+    in_parts,
     learning,
     make_optimizer,
     optimizer_step,
-    parts,
     reference_of,
-    weighted_mean,
 )
 from resonate_lib.training import autocast, fit
 
@@ -155,31 +154,25 @@ def update(network, reference, optimizer, pairs: Pairs, config, generator: torch
     rows = torch.randperm(len(pairs), generator=generator)[: config.batch_size]
     t = torch.rand(len(rows), generator=generator)
     noise = torch.randn(len(rows), *pairs.win.shape[1:], generator=generator)
-    slices = parts(len(rows), config.micro_batch // 2)
-    shares = [(part.stop - part.start) / len(rows) for part in slices]
-    reports = [
-        _backward_pairs(network, reference, pairs, rows[part], t[part], noise[part], config, share)
-        for part, share in zip(slices, shares, strict=True)
-    ]
-    return weighted_mean(reports, shares) | {"grad_norm": optimizer_step(network, optimizer, config.max_grad_norm)}
 
+    def backward(part: slice, share: float) -> dict[str, float]:
+        err_win, err_lose = pair_errors(network, pairs, rows[part], t[part], noise[part], config.precision)
+        with torch.no_grad():
+            ref_win, ref_lose = pair_errors(reference, pairs, rows[part], t[part], noise[part], config.precision)
+        out = crpo_loss(err_win, ref_win, err_lose, ref_lose, beta=config.beta, sft_weight=config.sft_weight)
+        (out.loss * share).backward()
+        return {
+            "loss": out.loss.item(),
+            "accuracy": out.accuracy.item(),
+            "margin": out.inside.mean().item(),
+            "err_win": err_win.mean().item(),
+            "err_win_ref": ref_win.mean().item(),
+            "err_lose": err_lose.mean().item(),
+            "err_lose_ref": ref_lose.mean().item(),
+        }
 
-def _backward_pairs(network, reference, pairs: Pairs, rows: Tensor, t, noise, config, share: float) -> dict[str, float]:
-    """Add the gradient of the pairs `rows`, which are a `share` of the step's."""
-    err_win, err_lose = pair_errors(network, pairs, rows, t, noise, config.precision)
-    with torch.no_grad():
-        ref_win, ref_lose = pair_errors(reference, pairs, rows, t, noise, config.precision)
-    out = crpo_loss(err_win, ref_win, err_lose, ref_lose, beta=config.beta, sft_weight=config.sft_weight)
-    (out.loss * share).backward()
-    return {
-        "loss": out.loss.item(),
-        "accuracy": out.accuracy.item(),
-        "margin": out.inside.mean().item(),
-        "err_win": err_win.mean().item(),
-        "err_win_ref": ref_win.mean().item(),
-        "err_lose": err_lose.mean().item(),
-        "err_lose_ref": ref_lose.mean().item(),
-    }
+    metrics = in_parts(backward, len(rows), config.micro_batch // 2)  # a pair is two clips
+    return metrics | {"grad_norm": optimizer_step(network, optimizer, config.max_grad_norm)}
 
 
 def train(

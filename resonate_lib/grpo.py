@@ -22,16 +22,15 @@ from resonate_lib.online import (
     draw_records,
     draw_seed,
     group_advantages,
+    in_parts,
     learning,
     make_optimizer,
     mean_of,
     minibatches,
     optimizer_step,
-    parts,
     reference_of,
     reward_metrics,
     warm_up,
-    weighted_mean,
 )
 from resonate_lib.training import autocast, fit
 
@@ -169,13 +168,13 @@ def _step_loss(network, reference, rollouts: Rollouts, rows: Tensor, j: int, con
 
 def _backward_step(network, reference, rollouts: Rollouts, rows: Tensor, j: int, config, steps: int) -> dict[str, float]:
     """Add the gradient of trajectory step j, one of `steps`, on the clips `rows`, config.micro_batch of them at a time."""
-    slices = parts(len(rows), config.micro_batch)
-    shares, reports = [(part.stop - part.start) / len(rows) for part in slices], []
-    for part, share in zip(slices, shares, strict=True):
+
+    def backward(part: slice, share: float) -> dict[str, float]:
         loss, report = _step_loss(network, reference, rollouts, rows[part], j, config)
         (loss * share / steps).backward()
-        reports.append(report)
-    return weighted_mean(reports, shares, largest=("ratio_deviation",))
+        return report
+
+    return in_parts(backward, len(rows), config.micro_batch, largest=("ratio_deviation",))
 
 
 def update(network, optimizer, reference, rollouts: Rollouts, config, generator: torch.Generator) -> dict[str, float]:

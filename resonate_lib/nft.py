@@ -19,16 +19,15 @@ from resonate_lib.online import (
     draw_seed,
     follow,
     group_advantages,
+    in_parts,
     learning,
     make_optimizer,
     mean_of,
     minibatches,
     optimizer_step,
-    parts,
     reference_of,
     reward_metrics,
     warm_up,
-    weighted_mean,
 )
 from resonate_lib.training import autocast, fit
 
@@ -113,13 +112,13 @@ def _sample_loss(
 
 def _backward_time(networks, rollouts: Rollouts, rows: Tensor, t: Tensor, noise: Tensor, config) -> dict[str, float]:
     """Add the gradient of one time per clip, config.micro_batch clips at a time."""
-    slices = parts(len(rows), config.micro_batch)
-    shares, reports = [(part.stop - part.start) / len(rows) for part in slices], []
-    for part, share in zip(slices, shares, strict=True):
+
+    def backward(part: slice, share: float) -> dict[str, float]:
         loss, report = _sample_loss(networks, rollouts, rows[part], t[part], noise[part], config)
         (loss * share / config.times_per_sample).backward()
-        reports.append(report)
-    return weighted_mean(reports, shares)
+        return report
+
+    return in_parts(backward, len(rows), config.micro_batch)
 
 
 def update(networks, optimizer, rollouts: Rollouts, config, generator: torch.Generator) -> dict[str, float]:

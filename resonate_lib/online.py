@@ -312,11 +312,18 @@ def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
-def weighted_mean(rows: list[dict[str, float]], weights: list[float], largest: tuple[str, ...] = ()) -> dict[str, float]:
-    """Column means of equal dicts by weights that sum to 1; of the columns `largest` the maximum."""
+def in_parts(backward, count: int, most: int, *, largest: tuple[str, ...] = ()) -> dict[str, float]:
+    """Add up the gradient of a mean over `count` clips, at most `most` of them at a time (0: all).
+
+    backward(part, share): adds the gradient of share times the mean over the slice `part`, and returns its metrics. Returns
+    their means over all clips; of the columns `largest` the maximum.
+    """
+    slices = parts(count, most)
+    shares = [(part.stop - part.start) / count for part in slices]
+    rows = [backward(part, share) for part, share in zip(slices, shares, strict=True)]
     if len(rows) == 1:
         return rows[0]
-    mean = {key: sum(weight * row[key] for weight, row in zip(weights, rows, strict=True)) for key in rows[0]}
+    mean = {key: sum(share * row[key] for share, row in zip(shares, rows, strict=True)) for key in rows[0]}
     return mean | {key: max(row[key] for row in rows) for key in largest}
 
 

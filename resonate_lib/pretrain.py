@@ -1,5 +1,7 @@
 """Flow-matching pre-training of a generator on captioned audio: codec fit, latent statistics, velocity regression."""
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -71,11 +73,11 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
         condition = generator.encode_prompts(captions(positions, words))
         draws = _draw(latents[positions], rng, caption_dropout, time_mean)
         optimizer.zero_grad()
-        loss = sum(_backward(network, draws, condition, part, weight, precision) for part in online.parts(batch_size, micro_batch))
+        metrics = online.in_parts(partial(_backward, network, draws, condition, weight, precision), batch_size, micro_batch)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        return {"loss": loss, "grad_norm": norm.item()}
+        return metrics | {"grad_norm": norm.item()}
 
     history = training.fit(step, steps=steps, label=label, seed=seed, checkpoint=checkpoint, save_every=500,
                            modules={"network": network, "optimizer": optimizer, "schedule": schedule})
@@ -90,16 +92,16 @@ def _draw(latents, rng, caption_dropout, time_mean):
     return latents, t, noise, torch.rand(len(latents), generator=rng) < caption_dropout
 
 
-def _backward(network, draws, condition, part: slice, weight, precision) -> float:
-    """Add the gradient of `flow.flow_loss` on a part of the batch, whose draws are made; returns what it adds to the loss."""
-    share, device = (part.stop - part.start) / condition.batch, network.latent_mean.device
+def _backward(network, draws, condition, weight, precision, part: slice, share: float) -> dict[str, float]:
+    """Add `share` times the gradient of `flow.flow_loss` on a part of the batch, whose draws are made."""
+    device = network.latent_mean.device
     latents, t, noise, drop = (tensor[part].to(device) for tensor in draws)
     with training.autocast(precision, device.type):
         heard = flow.dropped_condition(network, condition.index(part).to(device), drop)
         velocity = flow.guided(network, flow.interpolate(latents, noise, t), t, heard, 1.0)
-        loss = flow.velocity_error(velocity, flow.velocity_target(latents, noise), weight=weight).mean() * share
-    loss.backward()
-    return loss.item()
+        loss = flow.velocity_error(velocity, flow.velocity_target(latents, noise), weight=weight).mean()
+    (loss * share).backward()
+    return {"loss": loss.item()}
 
 
 @torch.no_grad()
