@@ -116,7 +116,11 @@ def make_plan(request: Request, *, folder: str | os.PathLike | None = None, resu
 def _check_data(resolved: dict[str, Any], request: Request, from_path: Path | None, notebooks: dict[str, Path]) -> None:
     """Raise ValueError for data that a later notebook could not use, or that its models have met in training."""
     data, later = resolved["data"], [number for number in notebooks if number not in ("00", "01")]
-    if not later or resolved["suite"]["world"] != "embedded":
+    if resolved["suite"]["world"] != "embedded":
+        if not data["folder"]:
+            raise ValueError(f"profile {request.profile} needs recordings with captions: add -p folder DIR and -p captions FILE")
+        return
+    if not later:
         return
     if data["folder"]:
         raise ValueError(

@@ -90,20 +90,38 @@ def dropped_condition(network: FluxAudio, cond: Condition, drop: Tensor) -> Cond
     )
 
 
+def draw_noising(
+    latents: Tensor, *, generator: torch.Generator, caption_dropout: float = 0.1, time_mean: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What flow matching draws for latents (B, N, C): times t (B,), noise (B, N, C), and drop (B,) bool, whose captions are left
+    out. Times are logit-normal, t = sigmoid(N(time_mean, 1)) per sample (published mean 0; above it, more of the noisy times
+    where events are decided). All draws come from `generator`, on its device.
+    """
+    batch, device = latents.shape[0], generator.device
+    t = (torch.randn(batch, generator=generator, device=device) + time_mean).sigmoid()
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    return t, noise, torch.rand(batch, generator=generator, device=device) < caption_dropout
+
+
+def noised_loss(
+    network: FluxAudio, latents: Tensor, cond: Condition, t: Tensor, noise: Tensor, drop: Tensor, *,
+    mask: Tensor | None = None, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Flow-matching loss, 0-dim, at given draws (`draw_noising`), which move to the latents' device."""
+    t, noise, drop = (tensor.to(latents.device) for tensor in (t, noise, drop))
+    velocity = guided(network, interpolate(latents, noise, t), t, dropped_condition(network, cond, drop), 1.0)
+    return velocity_error(velocity, velocity_target(latents, noise), mask, weight).mean()
+
+
 def flow_loss(
     network: FluxAudio, latents: Tensor, cond: Condition, *, generator: torch.Generator, caption_dropout: float = 0.1,
     time_mean: float = 0.0, mask: Tensor | None = None, weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Flow-matching loss, 0-dim: mean squared velocity error over the batch.
+    """Flow-matching loss, 0-dim: mean squared velocity error over the batch, at times and noises that `draw_noising` draws.
 
-    latents (B, N, C) in network space (`network.normalize`); mask (B, N) is 1 on frames that count. Times are
-    logit-normal, t = sigmoid(N(time_mean, 1)) per sample (published mean 0; above it, more of the noisy times where
-    events are decided); ONE Bernoulli(caption_dropout) per sample replaces both text tensors
-    by the empty string's. Source: the published pre-training recipe. All draws come from `generator`.
+    latents (B, N, C) in network space (`network.normalize`); mask (B, N) is 1 on frames that count; ONE
+    Bernoulli(caption_dropout) per sample replaces both text tensors by the empty string's. Source: the published
+    pre-training recipe.
     """
-    batch, device = latents.shape[0], latents.device
-    t = (torch.randn(batch, generator=generator, device=generator.device) + time_mean).sigmoid().to(device)
-    noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(device)
-    drop = (torch.rand(batch, generator=generator, device=generator.device) < caption_dropout).to(device)
-    velocity = guided(network, interpolate(latents, noise, t), t, dropped_condition(network, cond, drop), 1.0)
-    return velocity_error(velocity, velocity_target(latents, noise), mask, weight).mean()
+    draws = draw_noising(latents, generator=generator, caption_dropout=caption_dropout, time_mean=time_mean)
+    return noised_loss(network, latents, cond, *draws, mask=mask, weight=weight)

@@ -18,7 +18,7 @@ SOURCES = ("clap_source", "lalm_source", "clap_eval_source", "lalm_eval_source",
 # {section: (dataclass, names)} of what every notebook reads from the profile for itself: a value given for it holds for all.
 SHARED: dict[str, tuple[type[config.Config], tuple[str, ...]]] = {
     "data": (config.DataConfig, tuple(config.field_types(config.DataConfig))),
-    "suite": (config.SuiteConfig, ("weights", "vae", "vocoder", "text")),
+    "suite": (config.SuiteConfig, ("weights", "vae", "vocoder", "text", "seconds")),
     "reward": (config.RewardConfig, (*SOURCES, "lalm_quantisation", "lalm_offload", "lalm_fallback")),
     "eval": (config.EvalConfig, ("tta_bench",)),
 }
@@ -130,7 +130,8 @@ def _spread(overrides: dict[str, Any], declared: dict[str, dict[str, str]]) -> d
             raise ValueError(f"{config.unknown('notebook', place, list(declared))} (in -p {key}, of the notebooks selected)")
         if place and name not in places[place]:
             own = sorted(set(places[place]) - set(RESERVED))
-            raise ValueError(config.unknown(f"parameter of {'the ' + place if place in SHARED else f'notebook {place}'}", name, own))
+            whose = f"the {place}" if place in SHARED else f"notebook {place}"
+            raise ValueError(config.unknown(f"parameter of {whose}", name, own))
         if name not in known:
             raise ValueError(config.unknown("parameter", name, known) + " (in the notebooks selected)")
         for target in [place] if place else [target for target, names in places.items() if name in names]:
@@ -182,7 +183,7 @@ def _absolute(name: str, value: Any) -> Any:
         return re.sub(r"[^+*]+\.py(?=:)", lambda match: str(_existing(name, match.group().strip())), value)
     if name in ("folder", "tta_bench", "prompt_list"):
         return str(_existing(name, value))
-    if name in (*SHARED["suite"][1], *SOURCES) and Path(value).expanduser().exists():
+    if name in ("weights", "vae", "vocoder", "text", *SOURCES) and Path(value).expanduser().exists():
         return str(_existing(name, value))
     return value
 

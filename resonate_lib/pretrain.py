@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from resonate_lib import flow, online, training
+from resonate_lib.data.corpus import LazyCorpus
 from resonate_lib.models.codec import MelCodec
 from resonate_lib.models.generator import Generator
 
@@ -28,10 +29,36 @@ def encode_corpus(generator: Generator, corpus) -> torch.Tensor:
     return generator.network.normalize(raw)
 
 
-def encode_only(generator: Generator, corpus) -> torch.Tensor:
-    """Normalised latents (n, N, C) of a corpus under the statistics the network already has: for training a model on."""
+def encode_only(generator: Generator, corpus) -> "torch.Tensor | OnlineLatents":
+    """Normalised latents (n, N, C) of a corpus under the statistics the network already has: for training a model on. Of
+    recordings that are read from disk (`LazyCorpus`) each is encoded when it is asked for."""
+    if isinstance(corpus, LazyCorpus):
+        return OnlineLatents(generator, corpus)
     return torch.cat([generator.encode_audio(corpus.waveforms(range(start, min(start + 256, len(corpus)))))
                       for start in range(0, len(corpus), 256)])
+
+
+class OnlineLatents:
+    """Latents of a `LazyCorpus`, encoded when asked for, as the published training does; the codec stays frozen."""
+
+    def __init__(self, generator: Generator, corpus: LazyCorpus):
+        self.generator, self.corpus = generator, corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, positions) -> torch.Tensor:
+        """Normalised latents (B, N, C) of the positions (a list or a slice): the posterior's mean."""
+        positions = range(len(self))[positions] if isinstance(positions, slice) else positions
+        return self.generator.encode_audio(self.corpus.waveforms(positions)).cpu()
+
+    def draw(self, positions, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws of the posterior, normalised (B, N, C), and the mask (B, N) of the frames that a recording reaches."""
+        waves, samples = self.corpus.with_lengths(positions)
+        codec, network = self.generator.codec, self.generator.network
+        latents = network.normalize(codec.encode(waves, rng)).cpu()
+        frames = (samples / (codec.samples / codec.latent_len)).ceil().clamp(1, codec.latent_len)
+        return latents, (torch.arange(codec.latent_len) < frames[:, None]).float()
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -42,8 +69,10 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     return 0.1 ** ((after >= 0.8 * steps) + (after >= 0.9 * steps))
 
 
-def channel_weight(generator: Generator) -> torch.Tensor:
-    """(C,) with mean 1: the square root of each raw latent channel's deviation."""
+def channel_weight(generator: Generator) -> torch.Tensor | None:
+    """(C,) with mean 1: the square root of each raw latent channel's deviation; None for the published codec, all alike."""
+    if generator.parts:
+        return None
     root = generator.network.latent_std.detach().flatten().sqrt()
     return root / root.mean()
 
@@ -71,7 +100,9 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
         positions = torch.randint(len(latents), (batch_size,), generator=rng).tolist()
         words = np.random.default_rng(int(torch.randint(2**31, (1,), generator=rng)))
         condition = generator.encode_prompts(captions(positions, words))
-        draws = _draw(latents[positions], rng, caption_dropout, time_mean)
+        drawn, mask = latents.draw(positions, rng) if isinstance(latents, OnlineLatents) else (latents[positions], None)
+        noising = flow.draw_noising(drawn, generator=rng, caption_dropout=caption_dropout, time_mean=time_mean)
+        draws = (drawn, mask, *noising)
         optimizer.zero_grad()
         metrics = online.in_parts(partial(_backward, network, draws, condition, weight, precision), batch_size, micro_batch)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -85,23 +116,25 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
     return history
 
 
-def _draw(latents, rng, caption_dropout, time_mean):
-    """(latents, t (B,), noise (B, N, C), drop (B,)) of a step, drawn in the order of `flow.flow_loss`."""
-    t = (torch.randn(len(latents), generator=rng) + time_mean).sigmoid()
-    noise = torch.randn(latents.shape, generator=rng)
-    return latents, t, noise, torch.rand(len(latents), generator=rng) < caption_dropout
-
-
 def _backward(network, draws, condition, weight, precision, part: slice, share: float) -> dict[str, float]:
-    """Add `share` times the gradient of `flow.flow_loss` on a part of the batch, whose draws are made."""
+    """Add `share` times the gradient of the loss on a part of the batch, whose draws are made."""
     device = network.latent_mean.device
-    latents, t, noise, drop = (tensor[part].to(device) for tensor in draws)
+    latents, mask, t, noise, drop = (None if tensor is None else tensor[part].to(device) for tensor in draws)
     with training.autocast(precision, device.type):
-        heard = flow.dropped_condition(network, condition.index(part).to(device), drop)
-        velocity = flow.guided(network, flow.interpolate(latents, noise, t), t, heard, 1.0)
-        loss = flow.velocity_error(velocity, flow.velocity_target(latents, noise), weight=weight).mean()
+        loss = flow.noised_loss(network, latents, condition.index(part).to(device), t, noise, drop, mask=mask, weight=weight)
     (loss * share).backward()
     return {"loss": loss.item()}
+
+
+def train_by(generator: Generator, latents, captions, config, *, steps: int | None = None, learning_rate: float | None = None,
+             seed: int = 0, checkpoint=None, label: str = "base") -> list[dict]:
+    """`train` by a `PretrainConfig`; steps and learning_rate stand in for the config's."""
+    steps = steps or config.steps
+    return train(generator, latents, captions, steps=steps, batch_size=config.batch_size,
+                 learning_rate=learning_rate or config.learning_rate, caption_dropout=config.caption_dropout,
+                 time_mean=config.time_mean, warmup=min(config.warmup_steps, steps // 4), weight_decay=config.weight_decay,
+                 precision=config.precision, seed=seed, checkpoint=checkpoint, label=label, micro_batch=config.micro_batch,
+                 checkpointing=config.checkpointing)
 
 
 @torch.no_grad()
@@ -110,7 +143,7 @@ def validation_loss(generator: Generator, latents: torch.Tensor, captions: list[
     rng = torch.Generator().manual_seed(seed)
     total = 0.0
     for start in range(0, len(latents), 128):
-        part = latents[start : start + 128]
+        part = latents[start : start + 128].to(generator.device)
         condition = generator.encode_prompts(captions[start : start + 128])
         total += float(flow.flow_loss(generator.network, part, condition, generator=rng, caption_dropout=0.0)) * len(part)
     return total / len(latents)
@@ -125,10 +158,6 @@ def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, check
     generator = Generator.new(codec, hidden_dim=config.hidden_dim, depth=config.depth, fused_depth=config.fused_depth,
                               num_heads=config.num_heads, mlp_ratio=config.mlp_ratio,
                               text_seq_len=config.text_seq_len, seed=seed)
-    history = train(generator, encode_corpus(generator, corpus), corpus.captions, steps=steps or config.steps,
-                    batch_size=config.batch_size, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-                    caption_dropout=config.caption_dropout, time_mean=config.time_mean,
-                    warmup=min(config.warmup_steps, (steps or config.steps) // 4),
-                    precision=config.precision, seed=seed, checkpoint=checkpoint, micro_batch=config.micro_batch,
-                    checkpointing=config.checkpointing)
+    history = train_by(generator, encode_corpus(generator, corpus), corpus.captions, config, steps=steps, seed=seed,
+                       checkpoint=checkpoint)
     return generator, history, kept

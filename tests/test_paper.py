@@ -23,7 +23,7 @@ SPLITS = ("train",) * 8 + ("validation",) * 2 + ("test",) * 12
 # What makes it small: counts, never classes. Everything not named here is paper.yaml's.
 SMALL = {
     "seconds": "1.0", "01.train_clips": 8, "01.validation_clips": 4, "01.test_clips": 4,
-    "preview_prompts": 1, "num_steps": 2, "03.pairs": 4, "dpo_steps": 2, "03.batch_size": 2,
+    "preview_prompts": 1, "num_steps": 2, "03.pairs": 4, "03.steps": 2, "03.batch_size": 2,
     "pretrain_continued_steps": 2, "02.demo_steps": 2, "02.batch_size": 2,
     "eval_clips": 12, "base_prompts": 4, "prompts_per_step": 2, "group_size": 3, "04.steps": 2, "05.steps": 2, "nft_steps": 2,
     "nft_prompts_per_step": 2, "nft_group_size": 2, "06.prompts": 4, "07.prompts": 2, "validation_prompts": 2, "part_prompts": 2,

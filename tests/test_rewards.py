@@ -5,10 +5,10 @@ import zlib
 import pytest
 import torch
 
+from resonate_lib.evaluation.accuracy import recall_hits
 from resonate_lib.models.flux_audio import Condition
 from resonate_lib.rewards import Checked, RewardResult, WeightedMix, check_result, load_reward
 from resonate_lib.rewards import lalm as lalm_module
-from resonate_lib.evaluation.accuracy import recall_hits
 from resonate_lib.rewards.clap import ClapConfig, ClapReward, SmallCLAP, fit_clap, info_nce
 from resonate_lib.rewards.lalm import (
     QUESTION,

@@ -84,14 +84,20 @@ def _find_audio(root, row, path, number):
 
 
 def load_audio(records, *, sample_rate: int, seconds: float) -> torch.Tensor:
-    """Waveforms (B, T) float32: first channel mix, resampled, cut or zero-padded to `seconds`."""
+    """Waveforms (B, T) float32: channels averaged, resampled, cut or zero-padded to `seconds`."""
+    return load_with_lengths(records, sample_rate=sample_rate, seconds=seconds)[0]
+
+
+def load_with_lengths(records, *, sample_rate: int, seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`load_audio`, and how many samples (B,) of each clip are the recording's. Differs from the published loader, which takes
+    the first channel alone."""
     size = round(sample_rate * seconds)
-    batch = torch.zeros(len(records), size)
-    for row, record in zip(batch, records, strict=True):
+    batch, lengths = torch.zeros(len(records), size), torch.zeros(len(records), dtype=torch.long)
+    for place, record in enumerate(records):
         wave, rate = audio.read(record["audio_path"])
         wave = audio.resample(torch.as_tensor(wave), rate, sample_rate)[:size]
-        row[: len(wave)] = wave
-    return batch
+        batch[place, : len(wave)], lengths[place] = wave, len(wave)
+    return batch, lengths
 
 
 def check_files(records) -> int:

@@ -122,8 +122,12 @@ class LazyCorpus:
 
     def waveforms(self, positions) -> torch.Tensor:
         """(B, T) float32 in [-1, 1]."""
+        return self.with_lengths(positions)[0]
+
+    def with_lengths(self, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Waveforms (B, T) and how many samples (B,) of each are the recording's, not padding."""
         chosen = [self.records[position] for position in positions]
-        return audio_folder.load_audio(chosen, sample_rate=self.sample_rate, seconds=self.seconds)
+        return audio_folder.load_with_lengths(chosen, sample_rate=self.sample_rate, seconds=self.seconds)
 
     def first(self, count: int) -> "LazyCorpus":
         return LazyCorpus(self.records[:count], sample_rate=self.sample_rate, seconds=self.seconds)

@@ -47,7 +47,8 @@ def codec_table(codec, judge, corpus, positions, iterations: Sequence[int], *, n
     lines = []
     for rounds in (None, *iterations):
         audio = originals if rounds is None else codec.decode(latents, iterations=rounds)
-        line = {"decode": "originals" if rounds is None else f"{rounds} iterations", "iterations": rounds or 0, "clips": len(records)}
+        decode = "originals" if rounds is None else f"{rounds} iterations"
+        line = {"decode": decode, "iterations": rounds or 0, "clips": len(records)}
         if judge is not None:
             line |= _recognised(judge_rows(judge, audio, records), lines, n)
         lines.append(line | {"mel_error": float((codec.mel(audio) - mel).abs().mean())})

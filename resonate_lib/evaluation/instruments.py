@@ -99,10 +99,8 @@ def demonstrate(base: Generator, world, config, *, seed: int) -> tuple[list[dict
         return history, kept
     corpus = world.corpus("train", seed=seed)
     copy = base.fork()
-    history = pretrain.train(copy, pretrain.encode_only(copy, corpus), corpus.captions, steps=config.demo_steps,
-                             batch_size=config.batch_size, learning_rate=config.continued_learning_rate,
-                             caption_dropout=config.caption_dropout, time_mean=config.time_mean, warmup=config.demo_steps // 4,
-                             weight_decay=config.weight_decay, precision=config.precision, seed=seed)
+    history = pretrain.train_by(copy, pretrain.encode_only(copy, corpus), corpus.captions, config, steps=config.demo_steps,
+                                learning_rate=config.continued_learning_rate, seed=seed)
     return history, None
 
 

@@ -89,7 +89,8 @@ def evaluate_all(
 ) -> pd.DataFrame:
     """Rows of every system at guidance 1, and again at its own `best` guidance as the setting "best guidance".
 
-    metric: what the lines of progress tell. best_of >= 2 adds the base's best of that many by `reward`. A system whose best guidance is 1 is not generated twice.
+    metric: what the lines of progress tell. best_of >= 2 adds the base's best of that many by `reward`. A system whose best
+    guidance is 1 is not generated twice.
     settings: as for `ttabench.evaluate` (num_steps, seed, samples_per_prompt, batch_size, decode_iterations).
     """
     tasks = [(name, generator, 1) for name, generator in systems.items()]
@@ -182,7 +183,7 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]
     short = [name for name in (*EVENTS, "aqa", "clap") if name in names]
     tables = {
         "tta_headline": report.headline_table(rows, names=names, n=n),
-        "tta_by_count_and_relation": report.by_count_and_relation(rows, names=(*short[:2], *(["order"] if "order" in names else []))),
+        "tta_by_count_and_relation": report.by_count_and_relation(rows, names=[n for n in (*short[:2], "order") if n in names]),
     }
     if EVENTS[0] in names:
         tables |= {"tta_by_kind": report.by_kind(rows, names=EVENTS), "tta_real_procedural": real_and_procedural(rows, n=n)}
@@ -193,4 +194,4 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]
 
 def measured(rows: pd.DataFrame, metric: str) -> bool:
     """Whether the rows hold values of this metric."""
-    return metric in rows.columns and rows[metric].notna().any() or metric in metrics.RATIOS and rows["tp"].notna().any()
+    return (metric in rows.columns and rows[metric].notna().any()) or (metric in metrics.RATIOS and rows["tp"].notna().any())

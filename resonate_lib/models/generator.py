@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from resonate_lib import samplers, training
+from resonate_lib.models import lora
 from resonate_lib.models.bigvgan import without_weight_norm
 from resonate_lib.models.codec import MELS, MelCodec, VaeCodec
 from resonate_lib.models.flux_audio import Condition, FluxAudio
@@ -184,6 +185,8 @@ class Generator:
             for name, module in modules.items():
                 state = {k: (v.half() if half else v).cpu().contiguous() for k, v in module.state_dict().items()}
                 save_file(state, temporary / f"{name}.safetensors")
+            if self.network.adapter is not None:
+                lora.save(self.network.adapter, temporary / "adapter.safetensors")
             (temporary / "generator.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def export(self, path):
