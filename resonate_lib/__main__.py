@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none (default: 3)")
     generate.add_argument("--steps", type=int, default=25)
-    generate.add_argument("--weights", help="folder of a generator (default: the shipped base model)")
+    what = "folder of a generator that the suite saved; or a folder, file or hub id of published weights (default: shipped)"
+    generate.add_argument("--weights", help=what)
     results = commands.add_parser("results", help="list versions; two names: compare them")
     results.add_argument("versions", nargs="*", metavar="VERSION")
     listen = commands.add_parser("listen", help="open a version's listen.html; with answers: how often who was preferred")
@@ -148,7 +149,9 @@ def generate_command(options: argparse.Namespace) -> int:
     from resonate_lib.models.generator import Generator
     from resonate_lib.runs import shipped_weights
 
-    generator = Generator.load(options.weights or shipped_weights("tiny") / "base")
+    weights = Path(options.weights or shipped_weights("tiny") / "base")
+    ours = (weights / "generator.json").is_file() or not options.weights
+    generator = Generator.load(weights) if ours else Generator.load_published(options.weights)
     latents = generator.generate(
         [options.prompt], steps=options.steps, guidance_scale=options.guidance, seeds=[options.seed]
     )

@@ -147,6 +147,7 @@ def start(
     root = versions.results_dir(results)
     plan = make_plan(request, folder=folder, results=root)
     _require_space(plan, root, len(request.seeds))
+    _plan_memory(plan)
     run = {
         "version": "",
         "status": "RUNNING",
@@ -225,6 +226,20 @@ def _require_space(plan: Plan, root: Path, seeds: int) -> None:
     megabytes = plan.payload["config"]["suite"]["disk_mb"] * seeds
     versions.require_space(root, megabytes)
     versions.require_space(runs.cache_dir(), megabytes, "RESONATE_CACHE")
+
+
+def _plan_memory(plan: Plan) -> None:
+    """Print what each notebook will need where models are published ones, and raise ValueError where one cannot fit."""
+    settings = plan.payload["config"]
+    if settings["suite"]["world"] != "folder":
+        return
+    import torch
+
+    from resonate_lib import budget, memory
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("working out how much memory it takes", file=sys.stderr, flush=True)
+    print(budget.report(settings, list(plan.notebooks), plan.parameters, device, memory.available(device)), file=sys.stderr)
 
 
 def _sources(plan: Plan) -> dict[str, str]:

@@ -201,11 +201,11 @@ class Run:
             return load_reward(kind, text=text, **{kind: self.resolve_input(name)}).reward
         if not source:
             return None
-        self.record("inputs", {name: {"source": source}})
+        source = self._published(name, source)
         if name.startswith("clap"):
             from resonate_lib.rewards.laion import LaionClapReward
 
-            return LaionClapReward.load(source, config.roberta_source)
+            return LaionClapReward.load(source, self._published("roberta", config.roberta_source))
         from resonate_lib.rewards.omni import open_judge
 
         if (Path(source) / "model_card.json").is_file():
@@ -219,9 +219,17 @@ class Run:
         if source and "aesthetics" not in self.loaded:
             from resonate_lib.evaluation.aesthetics import Aesthetics
 
-            self.record("inputs", {"aesthetics": {"source": source}})
-            self.loaded["aesthetics"] = Aesthetics.load(source)
+            self.loaded["aesthetics"] = Aesthetics.load(self._published("aesthetics", source))
         return self.loaded.get("aesthetics")
+
+    def _published(self, name: str, source: str) -> str:
+        """Where the published model `source` is read from: its place in the directory `suite.weights` if it lies there; noted with
+        the sha256 of its files."""
+        from resonate_lib.models import pretrained
+
+        source = pretrained.beside(source, resolve(SuiteConfig, self.profile).weights)
+        self.record("inputs", {name: {"source": source, "sha256": pretrained.checksums(source)}})
+        return source
 
     def reward(self, spec: str, *, text=None):
         """The reward that a line of configuration names (`rewards.load_reward`), of this run's models."""

@@ -529,7 +529,7 @@ def test_a_finished_training_is_not_begun_again(tmp_path):
     from resonate_lib.evaluation import instruments
 
     rows = training.fit(lambda i, _: {"loss": 1.0}, steps=2, modules={}, label="x", checkpoint=tmp_path / "base.pt")
-    configs = {"data": None, "reward": None, "pretrain": None}  # any use of them would fail
+    configs = {"suite": None, "data": None, "reward": None, "pretrain": None}  # any use of them would fail
     (tmp_path / "base").mkdir()
     one = {"seed": 0, "folder": tmp_path / "base", "cache": tmp_path}
     assert instruments.build("base", configs, state=tmp_path / "base.pt", **one) == rows

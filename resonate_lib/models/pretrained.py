@@ -188,6 +188,31 @@ def _cached(hub: str, file: str) -> Path | None:
     return Path(found) if file else (Path(found).parent if not lacking(Path(found).parent) else None)
 
 
+def beside(source: str, directory: str | Path) -> str:
+    """The place of the published model with hub id `source` inside a directory of weights, where it lies there; else `source`."""
+    for part in PARTS.values():
+        place = Path(directory).expanduser() / part.place
+        if part.hub == source and place.exists():
+            return str(place)
+    return source
+
+
+def checksums(source: str) -> dict[str, str]:
+    """{file name: hex sha256} of what a source is read from: a file, a folder, or a hub id in the local cache; empty for what is
+    not on this machine."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {path.name: sha256(path)}
+    if not path.is_dir():
+        part = next((part for part in PARTS.values() if part.hub == source), None)
+        try:
+            return locate(part.name, source, download=False).sha256 if part else {}
+        except FileNotFoundError:
+            return {}
+    kept = (*FOLDER_FILES, "*.pt", "*.pth", "*.bin")
+    return {file.name: sha256(file) for file in sorted({found for pattern in kept for found in path.glob(pattern)})}
+
+
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE is set, at start or since."""
     from huggingface_hub import constants
