@@ -171,6 +171,7 @@ class DPOConfig(Config):
     lora_alpha: float = knob(64.0, above=0)
     sft_weight: float = knob(0.0, low=0)  # weight of the winner's flow loss (the CRPO term)
     decode_iterations: int = knob(8, low=1, high=1000)  # phase-reconstruction rounds for the reward's ear
+    unnormalise: bool = True  # latents before decoding; false repeats the published code, which forgot
     max_grad_norm: float = knob(1.0, above=0)
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
     sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a batch
@@ -196,6 +197,7 @@ class GRPOConfig(Config):
     guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # in sampling and training, by round in turn
     noise_level: float = knob(0.7, above=0, high=2)  # exploration; for kind cps at most 1
     kind: str = knob("sde", choices=("sde", "cps"))
+    last_step_noise: bool = False  # true as published: noise in the last step too, which is heard and never trained
     timestep_fraction: float = knob(0.99, above=0, high=1)  # share of the steps trained, counted from noise
     window: int = knob(0, low=0)  # stochastic steps a clip, from a random one on, siblings alike before; 0: all steps
     learning_rate: float = knob(1e-4, above=0, high=1)
@@ -212,6 +214,7 @@ class GRPOConfig(Config):
     ema: float = knob(0.0, low=0, high=1)  # of the weights that training ends with, per round; 0: the last ones
     max_grad_norm: float = knob(1.0, above=0)
     decode_iterations: int = knob(8, low=1, high=1000)
+    unnormalise: bool = True  # as for DPO
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))
     sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a round
     micro_batch: int = knob(0, low=0)  # clips per forward and backward, gradients added up; 0: all at once

@@ -122,6 +122,7 @@ def _pair_batch(generator, network, reward, records, config, seed):
     rollouts = collect(
         generator, network, reward, records, group_size=2, steps=config.num_steps, guidance_scale=config.guidance_scale,
         seed=seed, decode_iterations=config.decode_iterations, precision=config.precision, sample_batch=config.sample_batch,
+        unnormalise=config.unnormalise,
     )  # fmt: skip
     scores = rollouts.rewards.view(-1, 2)
     first = 2 * torch.arange(len(scores)) + (scores[:, 1] > scores[:, 0]).long()

@@ -217,7 +217,7 @@ def train(
     weights over the rounds (`online.average_in`). callback(i, metrics) runs after each step. Metrics:
     `online.reward_metrics` and `update`. Source: the published trainer's loop.
     """
-    sde = {"noise_level": config.noise_level, "kind": config.kind}
+    sde = {"noise_level": config.noise_level, "kind": config.kind, "last_step_noise": config.last_step_noise}
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy) if config.beta > 0 else None
         average = companion_of(policy, "average") if config.ema else policy
@@ -231,6 +231,7 @@ def train(
                 sde={**sde, "window": draw_window(config, random)},
                 guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random),
                 decode_iterations=config.decode_iterations, precision=config.precision, sample_batch=config.sample_batch,
+                unnormalise=config.unnormalise,
             )  # fmt: skip
             rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
             metrics = reward_metrics(rollouts) | update(policy, optimizer, reference, rollouts, config, random)

@@ -106,6 +106,7 @@ def sample_seeds(seed: int, count: int) -> list[int]:
 def collect(
     generator, network: FluxAudio, reward, records: list[dict], *, group_size: int, steps: int, guidance_scale: float,
     seed: int, decode_iterations: int, sde: dict | None = None, precision: str = "auto", sample_batch: int = 0,
+    unnormalise: bool = True,
 ) -> Rollouts:  # fmt: skip
     """Sample group_size clips for each record, decode them and score them.
 
@@ -114,8 +115,9 @@ def collect(
     arguments of `samplers.rollout` (noise_level, kind, window, last_step_noise), or None for the deterministic solver.
     The first noise and all later ones of clip i come from one generator seeded by (seed, i); with a window the siblings
     (clips of one prompt) share the first noise, so that they differ by the window's alone. sample_batch: most clips
-    sampled, decoded and scored at once (0: all); it bounds memory and changes nothing but rounding. Advantages are None:
-    deviations are the algorithm's choice.
+    sampled, decoded and scored at once (0: all); it bounds memory and changes nothing but rounding. unnormalise=False
+    repeats the published RL code, whose codec got normalised latents. Advantages are None: deviations are the algorithm's
+    choice.
     """
     metadata = [record for record in records for _ in range(group_size)]
     prompts = [record["prompt_text"] for record in metadata]
@@ -140,7 +142,7 @@ def collect(
                     generators=sources[rows], **sde,
                 )  # fmt: skip
                 latents = trajectory.final
-        audio = generator.decode(latents, iterations=decode_iterations)
+        audio = generator.decode(latents, iterations=decode_iterations, normalised=unnormalise)
         result = reward(audio, generator.sample_rate, prompts[rows], metadata[rows])
         return latents, trajectory, audio.cpu(), result.scores.float().cpu(), result.parts
 

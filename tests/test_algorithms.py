@@ -38,7 +38,8 @@ class ToyGenerator:
         )
         return Condition(rows[:, :70].view(-1, 7, 10), rows[:, 70:])
 
-    def decode(self, latents, *, iterations):
+    def decode(self, latents, *, iterations, normalised=True):
+        self.decoded = normalised
         return latents.flatten(1)
 
 
@@ -209,6 +210,18 @@ def collect(world, records, seed=0, **changes):
     options = {"group_size": 3, "steps": 3, "guidance_scale": 2.0, "seed": seed, "decode_iterations": 1,
                "sde": {"noise_level": 0.7, "kind": "sde"}, "precision": "float32"} | changes  # fmt: skip
     return online.collect(world, world.network, toy_reward, records, **options)
+
+
+def test_the_published_slips_are_options():
+    """Its codec got normalised latents, and its last step got noise; neither by default."""
+    for config, wanted in ((GRPO, True), (dataclasses.replace(GRPO, unnormalise=False, last_step_noise=True), False)):
+        seen, world = [], ToyGenerator()
+        grpo.train(world, toy_reward, RECORDS, dataclasses.replace(config, steps=1), callback=lambda i, metrics: seen.append(metrics))
+        assert world.decoded == wanted and len(seen) == 1
+    for unnormalise in (True, False):
+        world = ToyGenerator()
+        dpo.make_pairs(world, world.network, toy_reward, RECORDS, DPOConfig(pairs=4, unnormalise=unnormalise, num_steps=2))
+        assert world.decoded == unnormalise
 
 
 def test_collect_keeps_groups_together_and_repeats_with_its_seed():
