@@ -82,15 +82,20 @@ def clips(samples: int) -> torch.Tensor:
     return torch.stack([tone.float(), (0.05 * t).float() * recipe("aesthetics/noise", (samples,))])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def write(folder):
     """config.json with model.safetensors, as the hub holds them, and the older checkpoint.pt."""
-    folder, state = tmp_path_factory.mktemp("aesthetics"), official_tensors()
+    folder.mkdir(exist_ok=True)
+    state = official_tensors()
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(SETTINGS | {"target_transform": TRANSFORM, "freeze_encoder": True}))
     older = {"state_dict": {f"model.{name}": x for name, x in state.items()}, "target_transform": TRANSFORM}
     torch.save(older | {"model_cfg": SETTINGS}, folder / "checkpoint.pt")
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("aesthetics"))
 
 
 def stacked(scores: dict[str, torch.Tensor]) -> torch.Tensor:
