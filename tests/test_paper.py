@@ -1,5 +1,7 @@
-"""The whole suite with the profiles `paper` and `small` on miniature weights in the real formats: nothing but sizes differs from the real
-thing. Recordings, TTA-Bench's files, FluxAudio, VAE, BigVGAN, FLAN-T5, LAION-CLAP with RoBERTa, and three audio language models.
+"""The whole suite with the profiles `paper` and `small`, on miniature weights in the real file formats: only sizes differ.
+
+Recordings, TTA-Bench's files, FluxAudio, VAE, BigVGAN, FLAN-T5, LAION-CLAP with RoBERTa, AudioBox-Aesthetics and two audio
+language models.
 """
 
 import json
