@@ -23,10 +23,23 @@ def encode_corpus(generator: Generator, corpus) -> torch.Tensor:
     """Normalised latents (n, N, C) of the whole corpus; sets latent_mean and latent_std of the network from them first."""
     raw = torch.cat([generator.codec.encode(corpus.waveforms(range(start, min(start + 256, len(corpus)))))
                      for start in range(0, len(corpus), 256)])
-    with torch.no_grad():
-        generator.network.latent_mean.copy_(raw.mean((0, 1)).view_as(generator.network.latent_mean))
-        generator.network.latent_std.copy_(raw.std((0, 1)).view_as(generator.network.latent_std))
+    _set_statistics(generator.network, raw)
     return generator.network.normalize(raw)
+
+
+@torch.no_grad()
+def _set_statistics(network, raw: torch.Tensor) -> None:
+    network.latent_mean.copy_(raw.mean((0, 1)).view_as(network.latent_mean))
+    network.latent_std.copy_(raw.std((0, 1)).view_as(network.latent_std))
+
+
+def measure_statistics(generator: Generator, corpus, *, clips: int = 512) -> None:
+    """Set latent_mean and latent_std of the network from the corpus's first clips, where they are not known (not the published
+    codec's width)."""
+    if bool(generator.network.latent_mean.isnan().any()):
+        count = min(clips, len(corpus))
+        parts = (corpus.waveforms(range(start, min(start + 16, count))) for start in range(0, count, 16))
+        _set_statistics(generator.network, torch.cat([generator.codec.encode(part) for part in parts]))
 
 
 def encode_only(generator: Generator, corpus) -> "torch.Tensor | OnlineLatents":

@@ -18,6 +18,9 @@ import test_aesthetics
 import torch
 
 from resonate_lib import audio, versions
+from resonate_lib.config import DataConfig, PretrainConfig, SuiteConfig
+from resonate_lib.evaluation import instruments
+from resonate_lib.models.generator import Generator
 
 TEXTS = ("a dog barks", "rain falls on a roof", "a door shuts and a man laughs", "birds sing", "a bell rings twice", "wind blows",
          "a car passes by", "water drips", "people talk", "an engine starts", "a cat meows", "thunder rolls", "a clock ticks",
@@ -104,3 +107,23 @@ def test_the_suite_runs_at_paper_shape(tmp_path, profile):
     noted = json.dumps([item["notes"].get("inputs", {}) for item in run["notebooks"].values()])
     assert "vae_44k" in noted and "sha256" in noted
     assert (version / "listen.html").stat().st_size > 10_000
+
+
+def test_a_base_is_trained_from_nothing_around_published_parts(tmp_path):
+    """Three steps on recordings read from disk: saved without codec, found again with it, its statistics measured."""
+    folder = tmp_path / "recordings"
+    configs = {
+        "suite": SuiteConfig(world="folder", weights=str(miniature.build(tmp_path / "weights")), sample_rate=44100, seconds=1.0),
+        "data": DataConfig(folder=str(folder), captions=str(recordings(folder))),
+        "pretrain": PretrainConfig(steps=3, batch_size=3, micro_batch=2, checkpointing=True, hidden_dim=64, depth=3, fused_depth=1,
+                                   num_heads=1, text_seq_len=77, precision="float32"),
+        "reward": None,
+    }  # fmt: skip
+    base, state = tmp_path / "base", tmp_path / "base.pt"
+    history = instruments.build("base", configs, seed=1, folder=base, state=state, cache=tmp_path)
+    assert [row["step"] for row in history] == [0, 1, 2] and all(0 < row["loss"] < 100 for row in history)
+    made = Generator.load(base)
+    assert sorted(path.name for path in base.iterdir()) == ["generator.json", "network.safetensors"]
+    assert made.network.latent_std.isfinite().all() and set(made.parts) == {"vae_44k", "vocoder_44k", "t5"}
+    audio_of = made.decode(made.generate(["a dog barks"], steps=2, seeds=[0]))
+    assert audio_of.shape == (1, made.codec.samples) and audio_of.isfinite().all()
