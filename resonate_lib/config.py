@@ -161,6 +161,7 @@ class DPOConfig(Config):
     section: ClassVar[str] = "dpo"
     pairs: int = knob(384, low=1)  # pairs made by the frozen reference before ties are dropped
     steps: int = knob(150, low=1)  # optimizer steps
+    fresh_every: int = knob(0, low=0)  # steps after which the reference makes new pairs; 0: one set for all. Published: 2
     batch_size: int = knob(32, low=1)  # pairs a step
     num_steps: int = knob(25, low=1, high=1000)  # Euler steps per clip
     guidance_scale: float = knob(1.0, low=0, high=20)
@@ -178,6 +179,11 @@ class DPOConfig(Config):
     micro_batch: int = knob(0, low=0)  # clips per forward and backward (a pair is two), gradients added up; 0: all at once
     checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
     reward: str = "lalm"  # reward spec: `clap`, `lalm`, a weighted mix, or module:function
+
+    @property
+    def rounds(self) -> int:
+        """How often pairs are made."""
+        return -(-self.steps // self.fresh_every) if self.fresh_every else 1
 
     def check(self) -> None:
         if self.micro_batch == 1:
@@ -509,9 +515,10 @@ def derived(config: Config) -> str:
             lines.append(f"steps trained    = {trained} of {config.num_steps} per clip")
         return "\n".join(lines)
     if isinstance(config, DPOConfig):
-        epochs = config.steps * config.batch_size / config.pairs
+        epochs = config.steps * config.batch_size / (config.pairs * config.rounds)
+        times = f" x {config.rounds} rounds" if config.rounds > 1 else ""
         return (
-            f"clips generated  = 2 x {config.pairs} pairs = {2 * config.pairs}\n"
+            f"clips generated  = 2 x {config.pairs} pairs{times} = {2 * config.pairs * config.rounds}\n"
             f"passes over pairs = {config.steps} steps x {config.batch_size} / {config.pairs} = {epochs:.1f}"
         )
     if isinstance(config, EvalConfig):

@@ -24,7 +24,7 @@ from resonate_lib.online import (
     optimizer_step,
     reference_of,
 )
-from resonate_lib.training import autocast, fit
+from resonate_lib.training import autocast, fit, step_generator
 
 PROMPTS_PER_BATCH = 32  # of pair making; bounds memory and does not change the pairs' seeds
 
@@ -182,21 +182,29 @@ def train(
 ) -> list[dict]:  # fmt: skip
     """Flow-DPO on generator.network, in place; returns one dict of metrics per step.
 
-    pairs: made before by `make_pairs`; None makes them here with the network as it is.
+    pairs: the first ones, made before by `make_pairs`; None makes them here with the network as it is. With
+    config.fresh_every the reference makes new ones after every so many steps, a function of the seed and the round; each step
+    then learns from its own round's alone.
 
     The reference is a frozen copy of the network as it is when this is called (with a checkpoint: call it with the
     same start; the pairs are a function of it and the seed). callback(i, metrics) runs after each step. Every row
-    repeats pairs, tied_pairs, reward_win and reward_lose of the data.
+    repeats pairs, tied_pairs, reward_win and reward_lose of its data.
     """
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy)
-        pairs = make_pairs(generator, reference, reward, records, config, seed=seed) if pairs is None else pairs
-        win, lose = pairs.rewards.mean(0).tolist()
-        data = {"pairs": float(len(pairs)), "tied_pairs": float(pairs.ties), "reward_win": win, "reward_lose": lose}
+        made: dict[int, Pairs] = {} if pairs is None else {0: pairs}  # of the latest round alone
         optimizer = make_optimizer(policy, config.learning_rate)
 
         def step(i: int, random: torch.Generator) -> dict[str, float]:
-            metrics = update(policy, reference, optimizer, pairs, config, random) | data
+            number = i // config.fresh_every if config.fresh_every else 0
+            if number not in made:
+                made.clear()
+                drawn = draw_seed(step_generator(seed, -number)) if number else seed
+                made[number] = make_pairs(generator, reference, reward, records, config, seed=drawn)
+            its = made[number]
+            win, lose = its.rewards.mean(0).tolist()
+            data = {"pairs": float(len(its)), "tied_pairs": float(its.ties), "reward_win": win, "reward_lose": lose}
+            metrics = update(policy, reference, optimizer, its, config, random) | data
             if callback is not None:
                 callback(i, metrics)
             return metrics

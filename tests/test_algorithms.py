@@ -447,6 +447,33 @@ def test_pairs_are_won_by_reward_and_ties_are_dropped():
         dpo.make_pairs(world, world.network, tied_reward, RECORDS, DPO)
 
 
+def test_dpo_makes_new_pairs_every_round_and_a_resumed_run_repeats_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo, "SAVE_EVERY", 3)  # the state that is resumed lies inside a round
+    config, made = dataclasses.replace(DPO, steps=5, fresh_every=2), []
+
+    def listening_reward(audio, *more):
+        made.append(audio.clone())
+        return toy_reward(audio, *more)
+
+    whole = dpo.train(ToyGenerator(), listening_reward, RECORDS, config, seed=3)
+    assert len(made) == config.rounds == 3 and not torch.equal(made[0], made[1])
+    assert whole[0]["reward_win"] == whole[1]["reward_win"] != whole[2]["reward_win"]
+    state = tmp_path / "dpo.pt"
+    with pytest.raises(KeyboardInterrupt):
+        dpo.train(ToyGenerator(), toy_reward, RECORDS, config, seed=3, checkpoint=state, callback=_stop_after(3))
+    assert state.is_file()
+    resumed = dpo.train(ToyGenerator(), toy_reward, RECORDS, config, seed=3, checkpoint=state)
+    assert resumed == whole
+
+
+def _stop_after(steps: int):
+    def stop(i, metrics):
+        if i == steps:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 def test_dpo_starts_at_ln_2_and_prefers_winners_after_training():
     world = ToyGenerator()
     config = dataclasses.replace(DPO, steps=30, pairs=16, batch_size=16)
