@@ -90,6 +90,7 @@ class DataConfig(Config):
     world_seed: int = knob(0, low=0)  # which event combinations are held out
     folder: str = ""  # your recordings; empty: the embedded world
     prompt_list: str = ""  # prompts to train on (jsonl, csv or tsv with `prompt`); empty: the training captions
+    rl_prompts: int = knob(0, low=0)  # in a folder: at most so many training prompts; 0: all
     captions: str = ""  # caption file, in `folder` or elsewhere (csv, tsv or jsonl with audio_path or audio_id, and caption)
 
 

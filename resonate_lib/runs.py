@@ -166,7 +166,7 @@ class Run:
         """The `Generator` called `name`, from where `resolve_input` finds it.
 
         Where the profile's weights are published ones, the base is theirs unless this run (or --from) trained one; the files
-        that it is made of are noted with their sha256.
+        that it is made of are noted with their sha256. ValueError where the profile states another sample rate than theirs.
         """
         from resonate_lib.models.generator import Generator
 
@@ -179,6 +179,9 @@ class Run:
         else:
             made = Generator.load(folder, suite.weights if Path(suite.weights).is_dir() else None, **places)
         if made.parts:
+            if made.sample_rate != suite.sample_rate:
+                raise ValueError(f"profile {self.profile}: sample_rate={suite.sample_rate}, but the codec makes sound at "
+                                 f"{made.sample_rate} Hz; set suite.sample_rate to that")
             self.record("inputs", made.provenance())
         return made
 

@@ -17,7 +17,7 @@ from resonate_lib.evaluation import stats
 
 TRUE = "true"
 ALL = "all kinds"
-CHUNK = 256  # clips heard at a time: 65 MB of sound
+CHUNK = 256  # clips heard at a time: 65 MB of sound at 4 s and 16 kHz, 450 MB at 10 s and 44.1 kHz
 
 
 def score_captions(rewards: Mapping[str, object], corpus, *, wrong: Callable, seed: int = 0) -> pd.DataFrame:
