@@ -88,16 +88,18 @@ def check(
             continue
         values = config.plain(config.resolve(cls, profile, params_dir=params_dir, **mine))
         if section == "data" and values["folder"]:
-            values["captions"] = mine["captions"] = str(_recordings(values["folder"], values["captions"]))
+            whole = config.resolve(config.SuiteConfig, profile, params_dir=params_dir).world == "folder"
+            values["captions"] = mine["captions"] = str(_recordings(values["folder"], values["captions"], whole=whole))
             checked |= {n: own | {"captions": values["captions"]} for n, own in checked.items() if "captions" in declared[n]}
         checked[section] = {name: values[name] for name in mine}
     return checked
 
 
-def _recordings(folder: str, captions: str) -> Path:
+def _recordings(folder: str, captions: str, *, whole: bool) -> Path:
     """The caption file, read once and its first recordings with it, so that a run of hours does not fall over it later.
 
-    It may lie in `folder`, which the recordings' paths start from, or anywhere else. Raises ValueError.
+    It may lie in `folder`, which the recordings' paths start from, or anywhere else. whole: every split needs a recording (where
+    the models learn from the folder; else it is only shown). Raises ValueError.
     """
     from resonate_lib import audio
     from resonate_lib.data import audio_folder
@@ -112,6 +114,10 @@ def _recordings(folder: str, captions: str) -> Path:
         records = audio_folder.load_manifest(path, audio_directory=folder)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from None
+    missing = set(audio_folder.SPLIT_NAMES) - {audio_folder.split_of(record) for record in records}
+    if whole and missing:
+        raise ValueError(f"{path}: no recordings of {' and of '.join(sorted(missing))}; this profile needs train, validation and "
+                         "test: name them in a column `split`, or add recordings")
     for record in records[:FIRST_RECORDINGS]:
         audio.read(record["audio_path"])
     return path

@@ -473,7 +473,42 @@ def test_recordings_keep_their_split_whatever_else_is_in_the_folder():
     splits = [audio_folder.split_of(record) for record in names]
     assert {"train", "validation", "test"} == set(splits) and 0.8 < splits.count("train") / 400 < 0.97
     assert splits == [audio_folder.split_of({"audio_path": f"/elsewhere/{i}.wav"}) for i in range(400)]
-    assert audio_folder.split_of({"audio_path": "a.wav", "split": "test"}) == "test"
+
+
+@pytest.mark.parametrize(("names", "split"), [
+    ("train Training", "train"), ("val valid validation dev eval Evaluation", "validation"), ("test testing TEST", "test")])
+def test_splits_go_by_the_names_that_data_sets_use(names, split):
+    for name in names.split():
+        assert audio_folder.split_of({"audio_path": "a.wav", "split": name}) == split
+    with pytest.raises(ValueError, match=r"a\.wav: unknown split 'held out'; use train, training, validation, val"):
+        audio_folder.split_of({"audio_path": "a.wav", "split": "held out"})
+
+
+def test_entries_of_one_recording_are_one_record_with_all_captions(tmp_path):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(160), 16000)
+    rows = ["a,a hum,val,1", "b,a hiss,test,2", "a,a buzz,validation,3", "a,a hum,val,4"]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["audio_id,caption,split,number", *rows]))
+    one, other = audio_folder.load_manifest(path)
+    assert one["caption"] == "a hum" and one["captions"] == ["a hum", "a buzz"] and one["number"] == "1"
+    assert other["captions"] == ["a hiss"]
+    path.write_text("\n".join(["audio_id,caption,split,number", *rows, "b,a whistle,train,5"]))
+    with pytest.raises(ValueError, match=r"entry 5: .*b\.wav is in train here and in test before; give all entries"):
+        audio_folder.load_manifest(path)
+
+
+def test_a_batch_is_read_in_order_and_its_first_bad_file_is_named(tmp_path):
+    records = [{"audio_path": str(tmp_path / f"{number}.wav")} for number in range(24)]
+    for number, record in enumerate(records):
+        soundfile.write(record["audio_path"], np.full(1600 + 80 * number, number / 32), 16000)
+    batch, lengths = audio_folder.load_with_lengths(records, sample_rate=16000, seconds=0.15)
+    assert batch.shape == (24, 2400) and torch.allclose(batch[:, 1000], torch.arange(24) / 32, atol=1e-4)
+    assert lengths.tolist() == [min(1600 + 80 * number, 2400) for number in range(24)]
+    for number in (17, 5, 21):
+        Path(records[number]["audio_path"]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"/5\.wav: the audio file is empty"):
+        audio_folder.load_with_lengths(records, sample_rate=16000, seconds=0.15)
 
 
 def test_roughen_changes_its_share_of_the_clips_and_repeats_with_its_seed():

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,20 +15,30 @@ import torch
 from resonate_lib import audio
 
 SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
+READERS = 8  # threads that read one batch: decoding and resampling leave Python's lock alone
+SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "dev", "eval", "evaluation"),
+               "test": ("test", "testing")}  # fmt: skip
 
 
 def split_of(record: dict) -> str:
-    """train, validation or test: the record's own `split`, else by a hash of the file's name (90, 5 and 5 %), so that several
-    captions of one recording, and later additions to the folder, never move a recording from one to another."""
-    if record.get("split"):
-        return record["split"]
+    """train, validation or test: the record's own `split` (SPLIT_NAMES, in any case), else by a hash of the file's name (90, 5 and
+    5 %), so that later additions to the folder never move a recording from one to another. ValueError for another name."""
+    stated = str(record.get("split") or "").strip()
+    for split, names in SPLIT_NAMES.items():
+        if stated.lower() in names:
+            return split
+    if stated:
+        allowed = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
+        raise ValueError(f"{record['audio_path']}: unknown split {stated!r}; use {allowed}, or leave it empty")
     place = int(hashlib.sha256(Path(record["audio_path"]).name.encode()).hexdigest(), 16) % 20
     return {0: "test", 1: "validation"}.get(place, "train")
 
 
 def load_manifest(path, audio_directory=None) -> list[dict]:
-    """Records of a caption file, each with an absolute `audio_path`, a `caption` and `captions`, other columns kept.
+    """Records of a caption file, one a recording: its absolute `audio_path`, `caption`, `captions`, and the file's other columns.
 
+    Several entries of one recording, such as AudioCaps' five captions a test clip, are one record: the first entry's, with the
+    captions of all.
     audio_directory: where relative paths and ids are looked up (default: the file's own folder).
     ValueError names the line and what is wrong; FileNotFoundError names the first missing recording.
     """
@@ -46,7 +57,21 @@ def load_manifest(path, audio_directory=None) -> list[dict]:
                         "audio_path": str(_find_audio(root, row, path, number))})
     if not records:
         raise ValueError(f"{path} holds no entries: write one line a recording")
-    return records
+    return _by_recording(records, path)
+
+
+def _by_recording(records, path):
+    """One record for each audio file, in the order of their first entries."""
+    found = {}
+    for number, record in enumerate(records, 1):
+        first = found.setdefault(record["audio_path"], record)
+        if first is record:
+            continue
+        if split_of(first) != split_of(record):
+            raise ValueError(f"{path}, entry {number}: {record['audio_path']} is in {split_of(record)} here and in "
+                             f"{split_of(first)} before; give all entries of a recording one split")
+        first["captions"] = list(dict.fromkeys(first["captions"] + record["captions"]))
+    return list(found.values())
 
 
 def rows(path):
@@ -90,13 +115,17 @@ def load_audio(records, *, sample_rate: int, seconds: float) -> torch.Tensor:
 
 def load_with_lengths(records, *, sample_rate: int, seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`load_audio`, and how many samples (B,) of each clip are the recording's. Differs from the published loader, which takes
-    the first channel alone."""
+    the first channel alone. Files are read by several threads; of several that are bad the first one's error is raised."""
     size = round(sample_rate * seconds)
     batch, lengths = torch.zeros(len(records), size), torch.zeros(len(records), dtype=torch.long)
-    for place, record in enumerate(records):
-        wave, rate = audio.read(record["audio_path"])
+
+    def read(place):
+        wave, rate = audio.read(records[place]["audio_path"])
         wave = audio.resample(torch.as_tensor(wave), rate, sample_rate)[:size]
         batch[place, : len(wave)], lengths[place] = wave, len(wave)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, range(len(records))))
     return batch, lengths
 
 

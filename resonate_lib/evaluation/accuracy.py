@@ -70,7 +70,8 @@ def recall_draws(corpus, draws: int, *, wrong, seed: int = 0) -> tuple[list[int]
     it has too few.
     """
     rng = np.random.default_rng([seed, 91])
-    if len({record["caption"] for record in corpus.records}) < CANDIDATES:
+    texts = {record["caption"] for record in corpus.records}
+    if min((len(texts - _true(record)) for record in corpus.records), default=0) < CANDIDATES - 1:
         raise ValueError(f"recall@1 among {CANDIDATES} captions needs as many different ones: the {len(corpus)} clips have fewer")
     positions, captions, others = [], [], []
     for _ in range(draws):
@@ -90,13 +91,18 @@ def recall_draws(corpus, draws: int, *, wrong, seed: int = 0) -> tuple[list[int]
 
 
 def _same(a: dict, b: dict) -> bool:
-    """Whether two records ask the same; the order of "while" does not matter."""
+    """Whether the caption of `a` is true of `b` too; the order of "while" does not matter."""
     if "groups" not in a or "groups" not in b:
-        return a["caption"] == b["caption"]
+        return a["caption"] in _true(b)
     a, b = scenes.Spec.of(a), scenes.Spec.of(b)
     if a.relation != b.relation:
         return False
     return sorted(a.groups) == sorted(b.groups) if a.relation == "while" else a.groups == b.groups
+
+
+def _true(record: dict) -> set[str]:
+    """The texts that count as true of a clip: all captions of a recording; of a scene one, since `_same` compares what it holds."""
+    return {record["caption"]} if "groups" in record else {record["caption"], *record.get("captions", ())}
 
 
 def recall_hits(reward, sounds: Tensor, captions: Sequence[str], others: Sequence[Sequence[str]]) -> Tensor:

@@ -43,7 +43,7 @@ class EmbeddedWorld:
         return Corpus.from_scenes(count, split=split, seed=900 + seed, world_seed=self.data.world_seed)
 
     def rl_prompts(self, count: int, *, seed: int) -> list[dict]:
-        """At most `count` prompts of the training split."""
+        """`count` prompts of the training split."""
         return prompts.rl_prompts(count, seed=seed, world_seed=self.data.world_seed)
 
     def bench(self, part: str = "accuracy", split: str = "test", *, count: int, seed: int = 0) -> list[dict]:
@@ -67,7 +67,8 @@ class FolderWorld:
     """Recordings with a caption file, and TTA-Bench where its folder is given; which events a clip holds is not known.
 
     Validation and test prompts are captions of those splits of the folder (`audio_folder.split_of`) unless TTA-Bench gives
-    the part. Training prompts are those of `data.prompt_list`, else the training split's captions.
+    the part. Training prompts are those of `data.prompt_list`, else the training split's captions. A recording with several
+    captions is one clip, and one prompt by its first.
     """
 
     knows_events = False
@@ -97,9 +98,10 @@ class FolderWorld:
         return self.corpus(split, seed=seed).first(count)
 
     def rl_prompts(self, count: int, *, seed: int) -> list[dict]:
+        """All training prompts, as published, or `data.rl_prompts` of them; count, the embedded world's, is not looked at."""
         listed = self.data.prompt_list
         found = prompts.read_prompts(listed) if listed else prompts.caption_prompts(self.of_split("train"))
-        return _some(found, count, f"rl/{seed}")
+        return _some(found, self.data.rl_prompts or len(found), f"rl/{seed}")
 
     def bench(self, part: str = "accuracy", split: str = "test", *, count: int, seed: int = 0) -> list[dict]:
         """Parts other than accuracy are empty without TTA-Bench."""
@@ -108,19 +110,19 @@ class FolderWorld:
         return _some(prompts.caption_prompts(self.of_split(split)), count, f"{split}/{seed}") if part == "accuracy" else []
 
     def wrong_captions(self, record: dict, rng: np.random.Generator) -> dict[str, str]:
-        """The caption of another recording: what a clip does not hold is known no better, and this is an easy one."""
-        others = self._captions
+        """The caption of another recording, and none of this one's: what a clip does not hold is known no better, and this is an
+        easy one."""
+        others, own = self._captions, {record["caption"], *record["captions"]}
+        if own.issuperset(others):
+            raise ValueError(f"{record['audio_path']}: every other recording has one of its captions: none is wrong for it")
         chosen = others[int(rng.integers(len(others)))]
-        while chosen == record["caption"]:
+        while chosen in own:
             chosen = others[int(rng.integers(len(others)))]
         return {"another clip's": chosen}
 
     @cached_property
     def _captions(self) -> list[str]:
-        found = list(dict.fromkeys(record["caption"] for record in self.records))
-        if len(found) < 2:
-            raise ValueError(f"all recordings of {self.data.captions} have one caption: nothing can be told apart")
-        return found
+        return list(dict.fromkeys(record["caption"] for record in self.records))
 
     def judge(self, run) -> dict:
         """Nothing: no judge here knows which events a recording holds."""
