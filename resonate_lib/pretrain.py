@@ -109,11 +109,16 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
     factor = lambda i: learning_rate_factor(i, steps, warmup)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
+    def positions_of(rng):
+        return torch.randint(len(latents), (batch_size,), generator=rng).tolist()
+
     def step(index, rng):
-        positions = torch.randint(len(latents), (batch_size,), generator=rng).tolist()
+        positions = positions_of(rng)
         words = np.random.default_rng(int(torch.randint(2**31, (1,), generator=rng)))
         condition = generator.encode_prompts(captions(positions, words))
         drawn, mask = latents.draw(positions, rng) if isinstance(latents, OnlineLatents) else (latents[positions], None)
+        if isinstance(latents, OnlineLatents) and index + 1 < steps:  # read while this step is computed
+            latents.corpus.prefetch(positions_of(training.step_generator(seed, index + 1)))
         noising = flow.draw_noising(drawn, generator=rng, caption_dropout=caption_dropout, time_mean=time_mean)
         draws = (drawn, mask, *noising)
         optimizer.zero_grad()

@@ -1,18 +1,22 @@
 """The two worlds behind one set of methods: scenes with known events, and recordings with captions and TTA-Bench's files."""
 
 import json
+from collections import Counter
 
+import miniature
 import numpy as np
 import pytest
 import torch
 
-from resonate_lib import audio
-from resonate_lib.data import prompts, scenes
+from resonate_lib import audio, parameters, pretrain, runs
+from resonate_lib.data import audio_folder, prompts, scenes
 from resonate_lib.data.corpus import LazyCorpus
-from resonate_lib.evaluation import worlds
+from resonate_lib.evaluation import accuracy, agreement, worlds
+from resonate_lib.models.generator import Generator
 
 TEXTS = ("a dog barks", "rain falls", "a dog barks", "a door shuts", "a bell rings", "wind blows")
 SPLITS = ("train", "train", "train", "train", "validation", "test")
+PARAMS = runs.CHECKOUT / "notebooks" / "params"
 
 
 @pytest.fixture
@@ -45,8 +49,9 @@ def test_a_folder_gives_clips_by_split_without_short_ones(folder):
 def test_prompts_of_a_folder_are_captions_each_text_once(folder):
     world = world_of(folder)
     assert sorted(p["prompt_text"] for p in world.rl_prompts(10, seed=0)) == ["a dog barks", "a door shuts", "rain falls"]
-    two = world.rl_prompts(2, seed=1)
-    assert len(two) == 2 and two == world.rl_prompts(2, seed=1)
+    assert world.rl_prompts(1, seed=0) == world.rl_prompts(10, seed=0)  # all of them, whatever the notebook's pool
+    some = world_of(folder, data={"rl_prompts": 2})
+    assert len(some.rl_prompts(10, seed=1)) == 2 and some.rl_prompts(10, seed=1) == some.rl_prompts(1, seed=1)
     assert [p["prompt_text"] for p in world.bench(count=5)] == ["wind blows"]
     assert [p["prompt_text"] for p in world.bench("accuracy", "validation", count=5)] == ["a bell rings"]
     assert world.bench("robustness", count=5) == []
@@ -80,6 +85,106 @@ def test_the_embedded_world_knows_its_events():
     assert records == prompts.embedded_bench("accuracy", split="test", count=4)
     assert world.originals(records, seed=0).shape == (4, scenes.SIZE)
     assert world.rl_prompts(3, seed=5) == prompts.rl_prompts(3, seed=5)
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Twelve test recordings with five captions each, the last of which two neighbours share, in a caption file with a row each."""
+    rows = []
+    for number in range(12):
+        audio.write(tmp_path / f"clip{number}.wav", 0.05 * torch.ones(20000), 8000)
+        texts = [f"sound {number}, told the {place}. time" for place in range(4)] + [f"a sound like {number // 2}"]
+        rows += [{"audio_id": f"clip{number}", "caption": text, "split": "test"} for text in texts]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::5] + rows))
+    return tmp_path
+
+
+def test_no_true_caption_of_a_recording_counts_as_wrong(several):
+    world = world_of(several)
+    clips = world.clips("test", 12, seed=0)
+    assert len({record["audio_path"] for record in clips.records}) == len(clips) == 12
+    assert [prompt["prompt_text"] for prompt in world.bench(count=99)] == [record["caption"] for record in clips.records]
+    drawn = Counter(text for seed in range(200) for text in clips.captions([0], np.random.default_rng(seed)))
+    assert len(drawn) == 5 and min(drawn.values()) > 20
+
+    rows = agreement.score_captions({}, clips, wrong=world.wrong_captions)
+    own = [set(record["captions"]) for record in clips.records]
+    assert all((row.caption in own[row.clip]) == bool(row.truth) for row in rows.itertuples())
+    positions, captions, others = accuracy.recall_draws(clips, 40, wrong=world.wrong_captions)
+    for place, caption, wrong in zip(positions, captions, others, strict=True):
+        assert caption in own[place] and len(set(wrong)) == 9 and not own[place] & set(wrong)
+
+
+def test_too_few_wrong_captions_are_an_error_and_no_endless_search(several):
+    texts = [f"sound {number}" for number in range(12)]
+    rows = [{"audio_id": f"clip{number}", "caption": text, "captions": texts[: 4 if number else 12], "split": "test"}
+            for number, text in enumerate(texts)]  # fmt: skip
+    (several / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    world = world_of(several)
+    with pytest.raises(ValueError, match=r"clip0\.wav: every other recording has one of its captions"):
+        world.wrong_captions(world.records[0], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="needs as many different ones"):
+        accuracy.recall_draws(world.clips("test", 12, seed=0), 5, wrong=world.wrong_captions)
+
+
+def test_a_batch_read_ahead_is_the_batch_and_is_read_once(folder, monkeypatch):
+    corpus, read, done = world_of(folder).corpus("train", seed=0), audio_folder.load_with_lengths, []
+    want = corpus.with_lengths([2, 0])
+    counted = lambda records, **more: done.append(len(records)) or read(records, **more)  # noqa: E731
+    monkeypatch.setattr(audio_folder, "load_with_lengths", counted)
+    corpus.prefetch([2, 0])
+    assert corpus.waveforms([1]).shape == (1, 16000)  # others may be asked for meanwhile
+    for got, expected in zip(corpus.with_lengths([2, 0]), want, strict=True):
+        assert torch.equal(got, expected)
+    assert sorted(done) == [1, 2]
+    (folder / "clip3.wav").write_bytes(b"")
+    corpus.prefetch([2])
+    with pytest.raises(ValueError, match=r"clip3\.wav: the audio file is empty"):
+        corpus.with_lengths([2])
+
+
+def test_training_reads_ahead_and_learns_the_same(folder, tmp_path, monkeypatch):
+    sizes = {"hidden_dim": 32, "depth": 2, "fused_depth": 1, "num_heads": 2}
+    places, read = {"seconds": 0.5, "device": "cpu"}, LazyCorpus._read
+    weights = miniature.build(tmp_path / "weights")
+    begun, histories = [], []
+    for ahead in (True, False):
+        corpus = LazyCorpus(world_of(folder).of_split("train"), sample_rate=44100, seconds=0.5)
+        monkeypatch.setattr(LazyCorpus, "_read", lambda self, positions: begun.append(list(positions)) or read(self, positions))
+        if not ahead:
+            monkeypatch.setattr(LazyCorpus, "prefetch", lambda self, positions: None)
+        generator = Generator.new_published(weights, seed=3, **places, **sizes)
+        pretrain.measure_statistics(generator, corpus)
+        begun.clear()
+        histories.append(pretrain.train(generator, pretrain.encode_only(generator, corpus), corpus.captions, steps=4, batch_size=5))
+        assert len(begun) == 4 and all(len(positions) == 5 for positions in begun)  # each batch once
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize(("split", "words"), [("train", "no recordings of test; this"), ("other", "unknown split 'other'")])
+def test_splits_are_looked_at_before_a_run_starts(folder, split, words):
+    path = folder / "captions.jsonl"
+    given, declared = {"folder": str(folder), "captions": path.name}, {"01": {"folder": "str", "captions": "str"}}
+    for profile in ("paper", "tiny"):
+        assert parameters.check(given, declared, profile, PARAMS)["data"]["captions"] == str(path)
+    path.write_text(path.read_text().replace('"test"', f'"{split}"'))
+    with pytest.raises(ValueError, match=words):
+        parameters.check(given, declared, "paper", PARAMS)
+    if split == "train":  # a folder that is only shown
+        parameters.check(given, declared, "tiny", PARAMS)
+
+
+def test_a_profile_with_another_sample_rate_than_its_codec_is_refused(tmp_path, monkeypatch):
+    weights = miniature.build(tmp_path / "weights")
+    monkeypatch.setenv("RESONATE_PARAMS", str(tmp_path))
+    run = runs.Run(path=tmp_path / "run", profile="mine", seed=0, notebook="04")
+    for rate in (44100, 16000):
+        profile = {"suite": {"world": "folder", "weights": str(weights), "sample_rate": rate, "seconds": 0.5}}
+        (tmp_path / "mine.yaml").write_text(json.dumps(profile))
+        if rate == 44100:
+            assert run.generator().sample_rate == 44100
+    with pytest.raises(ValueError, match="sample_rate=16000, but the codec makes sound at 44100 Hz"):
+        run.generator()
 
 
 def test_a_profile_of_recordings_says_what_it_needs():

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -109,11 +109,14 @@ class LazyCorpus:
 
     seconds: clips are cut or zero-padded to it. Recordings whose record states a `duration` under 2 s are left out, as in the
     published loader; one that cannot be read is an error that names it (the published loader trains on silence instead).
+    A recording is one clip, and `captions` draws one of its own at random. Differs from the published loader, to which each
+    caption is a clip: there a recording with more captions than others is heard more often.
     """
 
     def __init__(self, records: list[dict], *, sample_rate: int, seconds: float):
         self.records = [record for record in records if float(record.get("duration") or SHORTEST) >= SHORTEST]
         self.sample_rate, self.seconds = sample_rate, seconds
+        self._ahead = (None, None)  # positions that are being read, and the future of their batch
         if not self.records:
             raise ValueError(f"all {len(records)} recordings are shorter than {SHORTEST:g} s: nothing is left")
 
@@ -126,6 +129,20 @@ class LazyCorpus:
 
     def with_lengths(self, positions) -> tuple[torch.Tensor, torch.Tensor]:
         """Waveforms (B, T) and how many samples (B,) of each are the recording's, not padding."""
+        ahead, batch = self._ahead
+        if ahead != list(positions):
+            return self._read(positions)
+        self._ahead = (None, None)
+        return batch.result()
+
+    def prefetch(self, positions) -> None:
+        """Begin to read these clips in the background; `with_lengths` of the same positions then waits for them, and raises what
+        went wrong. One batch at a time: a later one takes its place."""
+        pool = ThreadPoolExecutor(1)
+        self._ahead = (list(positions), pool.submit(self._read, list(positions)))
+        pool.shutdown(wait=False)
+
+    def _read(self, positions):
         chosen = [self.records[position] for position in positions]
         return audio_folder.load_with_lengths(chosen, sample_rate=self.sample_rate, seconds=self.seconds)
 
