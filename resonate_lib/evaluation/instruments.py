@@ -165,7 +165,7 @@ def _build_published(configs: dict, *, seed: int, folder: Path, state: Path | No
     places = {key: getattr(suite, key) or None for key in ("vae", "vocoder", "text")}
     sizes = {key: getattr(config, key) for key in ("hidden_dim", "depth", "fused_depth", "num_heads", "mlp_ratio", "text_seq_len")}
     generator = Generator.new_published(suite.weights, seconds=suite.seconds, seed=seed, **places, **sizes)
-    corpus = FolderWorld(configs["data"], sample_rate=suite.sample_rate, seconds=suite.seconds).corpus("train", seed=seed)
+    corpus = FolderWorld(configs["data"], sample_rate=generator.sample_rate, seconds=suite.seconds).corpus("train", seed=seed)
     pretrain.measure_statistics(generator, corpus)
     history = pretrain.train_by(generator, pretrain.encode_only(generator, corpus), corpus.captions, config, seed=seed,
                                 checkpoint=state)
