@@ -16,7 +16,7 @@ from resonate_lib import samplers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 from resonate_lib.training import autocast
 
-SAVE_EVERY = 5  # steps between saved training states: a step takes seconds, so little is lost
+SAVE_EVERY = 5  # rounds between saved training states: one takes seconds, so little is lost; large states: `training.fit`
 
 
 @dataclass

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import torch
 
+CHEAP_SAVE = 1.0  # seconds; a state written faster is written as often as the caller says
+SAVE_SHARE = 0.01  # of the time may go into writing a larger one
+LONGEST_UNSAVED = 600.0  # seconds of training after which any state is written
+
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The CPU generator of one training step: a function of (seed, step) alone."""
@@ -40,24 +44,34 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
     """Call step(i, generator) -> dict of numbers for i in 0..steps-1; returns the list of those dicts, each with its "step".
 
     modules: {name: object with state_dict and load_state_dict}, everything that changes (network, optimiser, old policy).
-    checkpoint: file of the state, written atomically every `save_every` steps and read back if it is there; it also holds
-    the seconds that its steps took (`seconds_done`).
+    checkpoint: file of the state, written atomically every `save_every` steps and after the last, and read back if it is
+    there; it also holds the seconds that its steps took (`seconds_done`). Where writing takes over CHEAP_SAVE it waits until it
+    is at most SAVE_SHARE of the time, or LONGEST_UNSAVED have passed; after those it is written at any step. What is trained
+    does not depend on when it is.
     """
-    before = seconds_done(checkpoint)
-    history, start = _restore(checkpoint, modules)
-    began = told = time.monotonic()
+    history, start, before = _restore(checkpoint, modules)
+    began = told = saved = time.monotonic()
+    cost = 0.0
     for index in range(start, steps):
         history.append({"step": index, **step(index, step_generator(seed, index))})
         now = time.monotonic()
         done = index + 1
-        if checkpoint and (done % save_every == 0 or done == steps):
+        if checkpoint and (done == steps or _save_is_due(done % save_every == 0, now - saved, cost)):
             save_state(checkpoint, modules, history, done, before + now - began)
+            saved = time.monotonic()
+            cost = saved - now
         if now - told > every_seconds or done == steps:
             told = now
             left = (now - began) / (done - start) * (steps - done)
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(history[-1].items())[1:6])
             print(f"{label}: step {done}/{steps}  {numbers}  {_clock(left)} left", flush=True)
     return history
+
+
+def _save_is_due(regular: bool, since: float, cost: float) -> bool:
+    """Whether to write the state after a step, `since` seconds after the last write, which took `cost` of them; `regular`: at a
+    multiple of save_every."""
+    return since >= LONGEST_UNSAVED or (regular and (cost < CHEAP_SAVE or cost <= SAVE_SHARE * since))
 
 
 def _clock(seconds):
@@ -105,16 +119,17 @@ def history_done(path) -> list[dict] | None:
 
 
 def _load(path, *, mmap=False):
-    return torch.load(path, weights_only=True, mmap=mmap) if path and Path(path).is_file() else {}
+    """The state in a file, on the CPU whatever device it was trained on (load_state_dict copies to its own); {} without one."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap) if path and Path(path).is_file() else {}
 
 
 def _restore(path, modules):
     state = _load(path)
     if not state:
-        return [], 0
+        return [], 0, 0.0
     if set(state["modules"]) != set(modules):
         raise ValueError(f"{path}: holds {', '.join(state['modules'])}, not {', '.join(modules)}: a state of other settings "
                          "or another version; delete it to start anew")
     for name, module in modules.items():
         module.load_state_dict(state["modules"][name])
-    return state["history"], state["done"]
+    return state["history"], state["done"], state.get("seconds", 0.0)

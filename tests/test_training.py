@@ -1,0 +1,92 @@
+"""The training loop's states: when they are written, on which device they are read, and that neither changes what is trained."""
+
+import pytest
+import torch
+from torch import nn
+
+from resonate_lib import training
+
+
+def toy():
+    """(step, modules): a fused AdamW on a small regression, its state a function of the steps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+
+    def step(_, generator):
+        x = torch.randn(8, 3, generator=generator)
+        loss = (network(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.item()}
+
+    return step, {"network": network, "optimizer": optimizer}
+
+
+class Clock:
+    """In place of `time`: a step takes `step` seconds, writing the state `cost`."""
+
+    def __init__(self, monkeypatch, step: float, cost: float):
+        self.now, self.written, self.step = 0.0, [], step
+        original = training.save_state
+
+        def save(path, modules, history, done, seconds):
+            original(path, modules, history, done, seconds)
+            self.now += cost
+            self.written.append(done)
+
+        monkeypatch.setattr(training, "time", self)
+        monkeypatch.setattr(training, "save_state", save)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def __call__(self, *_) -> dict:
+        self.now += self.step
+        return {"loss": 0.0}
+
+
+@pytest.mark.parametrize(("step", "cost", "written"), [
+    (3.0, 0.05, [5, 10, 15, 20, 25, 30, 33]),  # a small state: as asked for
+    (0.001, 0.05, [5, 10, 15, 20, 25, 30, 33]),  # also where it takes longer than the steps
+    (100.0, 2.0, [5, 10, 15, 20, 25, 30, 33]),  # a large one every 500 s is 0.4 %
+    (30.0, 2.0, [5, 15, 25, 33]),  # 150 s are too few for 2 s: 1 % are 200 s
+    (40.0, 20.0, [5, 20, 33]),  # 600 s in any case
+    (130.0, 9.0, [5, 10, 15, 20, 25, 30, 33]),
+    (250.0, 9.0, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33]),  # at any step, so that a kill costs no more
+])  # fmt: skip
+def test_a_state_is_written_as_often_as_its_size_allows(monkeypatch, tmp_path, step, cost, written):
+    clock = Clock(monkeypatch, step, cost)
+    training.fit(clock, steps=33, modules={}, label="x", checkpoint=tmp_path / "x.pt", save_every=5)
+    assert clock.written == written
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda:0"])
+def test_a_state_of_another_device_is_read_and_goes_on(monkeypatch, tmp_path, place):
+    whole, want = toy()
+    rows = training.fit(whole, steps=6, modules=want, label="x")
+    first, modules = toy()
+    with monkeypatch.context() as patch:  # as a training there would write it
+        patch.setattr(torch.serialization, "location_tag", lambda storage: place)
+        training.fit(first, steps=3, modules=modules, label="x", checkpoint=tmp_path / "x.pt")
+    if place != "cpu" and not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(tmp_path / "x.pt", weights_only=True)
+    assert training.seconds_done(tmp_path / "x.pt") > 0 and training.history_done(tmp_path / "x.pt") == rows[:3]
+    second, again = toy()
+    assert training.fit(second, steps=6, modules=again, label="x", checkpoint=tmp_path / "x.pt") == rows
+    assert torch.equal(again["network"].weight, want["network"].weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_fused_optimizer_goes_on_on_the_gpu(tmp_path):
+    step, modules = toy()
+    training.fit(step, steps=3, modules=modules, label="x", checkpoint=tmp_path / "x.pt")
+    network = nn.Linear(3, 1).cuda()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+    training.fit(None, steps=3, modules={"network": network, "optimizer": optimizer}, label="x", checkpoint=tmp_path / "x.pt")
+    assert all(value.is_cuda for state in optimizer.state.values() for value in state.values())
+    network(torch.ones(1, 3, device="cuda")).sum().backward()
+    optimizer.step()
