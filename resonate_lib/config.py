@@ -103,6 +103,7 @@ class PretrainConfig(Config):
     batch_size: int = knob(64, low=1)  # clips a step
     learning_rate: float = knob(1e-3, above=0, high=1)
     weight_decay: float = knob(1e-6, low=0)
+    eps: float = knob(1e-8, above=0, high=1e-2)  # of AdamW; published 1e-6
     warmup_steps: int = knob(100, low=0)  # linear, then the schedule
     caption_dropout: float = knob(0.1, low=0, high=0.9)  # share trained on the empty prompt, which guidance needs
     time_mean: float = knob(0.0, low=-3, high=3)  # of the logit-normal times; published 0, more is noisier
@@ -148,6 +149,7 @@ class RewardConfig(Config):
     lalm_source: str = "shipped"  # or a directory or hub id of an audio language model, or a server (http://host:port/v1#model)
     clap_eval_source: str = "shipped"  # as above, of the judges that no training hears; empty: not measured
     lalm_eval_source: str = "shipped"
+    clap_published_rate: bool = False  # true as published: the reward's CLAP takes 44,100 Hz for 44,000 Hz
     roberta_source: str = "roberta-base"  # directory or hub id: the tokenizer of LAION-CLAP
     aesthetics_source: str = ""  # directory or hub id of AudioBox-Aesthetics; empty: not measured
     lalm_quantisation: str = knob("", choices=("", "8bit", "4bit"))  # of the published judges, by bitsandbytes

@@ -19,7 +19,7 @@ SOURCES = ("clap_source", "lalm_source", "clap_eval_source", "lalm_eval_source",
 SHARED: dict[str, tuple[type[config.Config], tuple[str, ...]]] = {
     "data": (config.DataConfig, tuple(config.field_types(config.DataConfig))),
     "suite": (config.SuiteConfig, ("weights", "vae", "vocoder", "text", "seconds")),
-    "reward": (config.RewardConfig, (*SOURCES, "lalm_quantisation", "lalm_offload", "lalm_fallback")),
+    "reward": (config.RewardConfig, (*SOURCES, "clap_published_rate", "lalm_quantisation", "lalm_offload", "lalm_fallback")),
     "eval": (config.EvalConfig, ("tta_bench",)),
 }
 DEFAULT_LAST = "07"  # 08 and later run with --all or --only

@@ -92,22 +92,22 @@ def channel_weight(generator: Generator) -> torch.Tensor | None:
 
 def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, batch_size: int = 64,
           learning_rate: float = 1e-3, caption_dropout: float = 0.1, time_mean: float = 0.0,
-          warmup: int = 100, weight_decay: float = 1e-6,
+          warmup: int = 100, weight_decay: float = 1e-6, eps: float = 1e-8,
           precision: str = "auto", seed: int = 0, checkpoint=None,
           label: str = "base", micro_batch: int = 0, checkpointing: bool = False) -> list[dict]:
     """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
 
     Channels count by the square root of their deviation in the raw latent: whitened principal components are equally loud to
-    the network, but the first carry the events and the last only texture. AdamW (0.9, 0.95), gradient norm at most 1,
+    the network, but the first carry the events and the last only texture. AdamW (0.9, 0.95; eps), gradient norm at most 1,
     published schedule, which ends at a hundredth of the rate. micro_batch: clips per forward and backward (0: all);
     checkpointing: see `FluxAudio`.
     """
     network = generator.network.train()
     network.checkpointing, network.adapter = checkpointing, None
     weight = channel_weight(generator)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    factor = lambda i: learning_rate_factor(i, steps, warmup)  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay,
+                                  fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, steps=steps, warmup=warmup))
 
     def positions_of(rng):
         return torch.randint(len(latents), (batch_size,), generator=rng).tolist()
@@ -148,11 +148,10 @@ def train_by(generator: Generator, latents, captions, config, *, steps: int | No
              seed: int = 0, checkpoint=None, label: str = "base") -> list[dict]:
     """`train` by a `PretrainConfig`; steps and learning_rate stand in for the config's."""
     steps = steps or config.steps
-    return train(generator, latents, captions, steps=steps, batch_size=config.batch_size,
-                 learning_rate=learning_rate or config.learning_rate, caption_dropout=config.caption_dropout,
-                 time_mean=config.time_mean, warmup=min(config.warmup_steps, steps // 4), weight_decay=config.weight_decay,
-                 precision=config.precision, seed=seed, checkpoint=checkpoint, label=label, micro_batch=config.micro_batch,
-                 checkpointing=config.checkpointing)
+    same = {name: getattr(config, name) for name in ("batch_size", "caption_dropout", "time_mean", "weight_decay", "eps",
+                                                     "precision", "micro_batch", "checkpointing")}  # fmt: skip
+    return train(generator, latents, captions, steps=steps, learning_rate=learning_rate or config.learning_rate,
+                 warmup=min(config.warmup_steps, steps // 4), seed=seed, checkpoint=checkpoint, label=label, **same)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from test_algorithms import GRPO, LOOP_NAMES, LOOPS, RECORDS, ToyGenerator, coll
 from test_flux_audio import awake, small
 
 from resonate_lib import grpo, online, pretrain
-from resonate_lib.config import DPOConfig, GRPOConfig
+from resonate_lib.config import DPOConfig, GRPOConfig, PretrainConfig, resolve
 from resonate_lib.models.flux_audio import Condition
 
 
@@ -39,6 +39,22 @@ def learn(name, **changes):
     latents = torch.randn(20, 5, 6, generator=torch.Generator().manual_seed(0))
     captions = lambda positions, _: [f"sound {i % 6}" for i in positions]  # noqa: E731
     return pretrain.train(world, latents, captions, steps=1, batch_size=8, precision="float32", **changes)
+
+
+def test_pretraining_steps_by_its_eps(monkeypatch):
+    seen, original = [], torch.optim.AdamW
+
+    def listening(*arguments, **options):
+        seen.append(options["eps"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", listening)
+    learn("pretrain")
+    learn("pretrain", eps=1e-6)
+    assert seen == [1e-8, 1e-6]
+    monkeypatch.setattr(pretrain, "train", lambda *_, eps, **__: eps)
+    configs = [resolve(PretrainConfig, name) for name in ("tiny", "small", "paper")]
+    assert [pretrain.train_by(None, None, None, config) for config in configs] == [1e-8, 1e-6, 1e-6]
 
 
 # ------------------------------------------------------------------------------------------ checkpointing
