@@ -70,6 +70,19 @@ def test_text_states_are_kept_exactly_and_forgotten_oldest_first(weights, loaded
     torch.testing.assert_close(generator.encode_prompts(["dog"]).text_f[0], want.text_f[0], rtol=1e-5, atol=1e-6)
 
 
+def test_long_prompts_are_cut_as_the_published_code_does(weights, loaded, monkeypatch, capsys):
+    monkeypatch.setattr(T5Encoder, "said", False)
+    got = loaded.encode_prompts([" ".join(["dog"] * 100), " ".join(["dog"] * 77)])
+    torch.testing.assert_close(got.text_f[0], got.text_f[1])
+    assert "note: 2 of 2 prompts have over 77 tokens" in capsys.readouterr().out
+
+
+def test_the_codec_goes_by_the_sample_rate():
+    assert module.codec_mode(16000) == "16k" and module.codec_mode(44100) == "44k"
+    with pytest.raises(ValueError, match="sample_rate=22050: published codecs are for 16000 or 44100 Hz"):
+        module.codec_mode(22050)
+
+
 def test_the_stored_empty_string_stands_for_no_prompt(weights, tmp_path):
     """A checkpoint's own features override what the encoder gives."""
     miniature.flux(tmp_path / "x.pth", empty_string_feat=torch.full((77, miniature.TEXT), 0.25))

@@ -65,6 +65,18 @@ def test_long_prompts_are_errors_unless_they_may_be_cut(folder, encoder):
     assert T5Encoder(folder, 5)(["dog rain"]).text_f.shape == (1, 5, miniature.TEXT)
 
 
+def test_that_prompts_are_cut_is_said_once_a_process(folder, monkeypatch, capsys):
+    monkeypatch.setattr(T5Encoder, "said", False)
+    long = " ".join(["dog"] * 100)
+    one, other = (T5Encoder(folder, truncate=True) for _ in range(2))
+    one(["rain"])
+    assert capsys.readouterr().out == ""
+    one(["rain", long, *["dog"] * 70, long])
+    assert capsys.readouterr().out.startswith("note: 2 of 73 prompts have over 77 tokens and are cut there")
+    other([long])
+    assert capsys.readouterr().out == ""
+
+
 def test_the_embedded_encoder_has_the_same_limits_and_interface():
     encoder = MiniLMEncoder(8)
     text_f, text_f_c = encoder(["a dog barks", ""])

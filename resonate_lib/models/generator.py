@@ -21,6 +21,7 @@ from resonate_lib.models.pretrained import PARTS, Located, flux_config, load_str
 from resonate_lib.models.text import MAX_TOKENS, MiniLMEncoder, T5Encoder
 
 LISTENING_ITERATIONS = 60  # Griffin-Lim rounds of the decode that people hear
+MODES = {mel["sample_rate"]: mode for mode, mel in MELS.items()}
 KEPT_BYTES = 8 * 2**30  # of text states that are remembered, some 26,000 prompts of FLAN-T5-large; the oldest go first
 
 
@@ -126,7 +127,8 @@ class Generator:
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Condition of B prompts on the network's device, each encoded once as long as KEPT_BYTES hold its states.
 
-        They are kept on the CPU in the encoder's `kept_dtype`. ValueError over text_seq_len tokens.
+        They are kept on the CPU in the encoder's `kept_dtype`. Over text_seq_len tokens: ValueError, or around published parts
+        cut there.
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if new:
@@ -231,6 +233,13 @@ class Generator:
         return cls(MiniLMEncoder(config["network"]["text_seq_len"]), network.eval(), codec, config["network"])
 
 
+def codec_mode(sample_rate: int) -> str:
+    """The published codec for audio of so many Hz: "16k" or "44k". ValueError for another rate."""
+    if sample_rate not in MODES:
+        raise ValueError(f"sample_rate={sample_rate}: published codecs are for {' or '.join(map(str, sorted(MODES)))} Hz; use one")
+    return MODES[sample_rate]
+
+
 def _float(state):
     return {name: tensor.float() for name, tensor in state.items()}
 
@@ -278,7 +287,7 @@ def _load_around(parts: dict[str, Located], mode: str, seconds: float, tokens: i
         codec = VaeCodec(mode, seconds=seconds, **sizes, vocoder=config if config.get("num_mels") == MELS[mode]["bands"] else None)
     load_strict(codec.vae, state, str(vae)).remove_weight_norm()
     load_strict(codec.vocoder, without_weight_norm(read_weights(vocoder)), str(vocoder))
-    return T5Encoder(parts["t5"].path, tokens), codec.eval()
+    return T5Encoder(parts["t5"].path, tokens, truncate=True), codec.eval()
 
 
 def _load_network(config: dict, state: dict, path: Path, text, codec) -> FluxAudio:

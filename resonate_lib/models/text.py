@@ -78,10 +78,12 @@ class T5Encoder(nn.Module):
 
     folder: config.json, weights (safetensors, or pytorch_model.bin read without running code) and tokenizer. The mask goes to
     T5 alone: nothing that reads the states is told which are padding. float32 whatever the caller's precision, on the
-    model's device. More than `length` tokens is a ValueError; truncate=True cuts silently, as the published code does.
+    model's device. More than `length` tokens is a ValueError; truncate=True cuts, as the published code does, and says so the
+    first time in a process.
     """
 
     kept_dtype = torch.float32  # rounding to half would exceed the error the published numbers are met with
+    said = False  # that prompts are cut, by any encoder of this process
 
     def __init__(self, folder: str | Path, length: int = MAX_TOKENS, *, truncate: bool = False):
         super().__init__()
@@ -109,13 +111,18 @@ class T5Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> Condition:
+        lengths = torch.tensor([len(ids) for ids in self.tokenizer(prompts)["input_ids"]])
+        if not self.truncate:
+            _check_length(prompts, lengths, self.length)
+        elif int(lengths.max()) > self.length and not T5Encoder.said:
+            T5Encoder.said = True
+            print(f"note: {int((lengths > self.length).sum())} of {len(prompts)} prompts have over {self.length} tokens and are cut"
+                  " there, as in the published code; of later ones nothing is said", flush=True)
         with torch.autocast(self.model.device.type, enabled=False):
             states = torch.cat([self._encode(prompts[i : i + 64]) for i in range(0, len(prompts), 64)])
         return Condition(states, states.mean(1))
 
     def _encode(self, prompts):
-        if not self.truncate:
-            _check_length(prompts, torch.tensor([len(ids) for ids in self.tokenizer(prompts)["input_ids"]]), self.length)
         tokens = self.tokenizer(prompts, max_length=self.length, padding="max_length", truncation=True, return_tensors="pt")
         tokens = tokens.to(self.model.device)
         return self.model(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
