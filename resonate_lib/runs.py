@@ -204,17 +204,18 @@ class Run:
             return load_reward(kind, text=text, **{kind: self.resolve_input(name)}).reward
         if not source:
             return None
-        source = self._published(name, source)
         if name.startswith("clap"):
             from resonate_lib.rewards.laion import LaionClapReward
 
-            return LaionClapReward.load(source, self._published("roberta", config.roberta_source))
+            with self._published(name, source) as place, self._published("roberta", config.roberta_source) as roberta:
+                return LaionClapReward.load(place, roberta, published_rate=name == "clap" and config.clap_published_rate)
         from resonate_lib.rewards.omni import open_judge
 
-        if (Path(source) / "model_card.json").is_file():
-            return open_judge(source)  # the small judge of this package
-        here = {"quantisation": config.lalm_quantisation or None, "offload": config.lalm_offload}
-        return open_judge(source, fallback=config.lalm_fallback, **({} if source.startswith("http") else here))
+        with self._published(name, source) as place:
+            if (Path(place) / "model_card.json").is_file():
+                return open_judge(place)  # the small judge of this package
+            here = {"quantisation": config.lalm_quantisation or None, "offload": config.lalm_offload}
+            return open_judge(place, fallback=config.lalm_fallback, **({} if place.startswith("http") else here))
 
     def aesthetics(self):
         """AudioBox-Aesthetics where `reward.aesthetics_source` names it, else None; made once a run."""
@@ -222,24 +223,36 @@ class Run:
         if source and "aesthetics" not in self.loaded:
             from resonate_lib.evaluation.aesthetics import Aesthetics
 
-            self.loaded["aesthetics"] = Aesthetics.load(self._published("aesthetics", source))
+            with self._published("aesthetics", source) as place:
+                self.loaded["aesthetics"] = Aesthetics.load(place)
         return self.loaded.get("aesthetics")
 
-    def _published(self, name: str, source: str) -> str:
-        """Where the published model `source` is read from: its place in the directory `suite.weights` if it lies there; noted with
-        the sha256 of its files."""
+    @contextlib.contextmanager
+    def _published(self, name: str, source: str) -> Iterator[str]:
+        """Where the published model `source` is read from: its place in the directory `suite.weights` if it lies there.
+
+        Noted with the sha256 of its files when the block, which loads it, is done: before, a hub id's may not be here.
+        """
         from resonate_lib.models import pretrained
 
-        source = pretrained.beside(source, resolve(SuiteConfig, self.profile).weights)
-        self.record("inputs", {name: {"source": source, "sha256": pretrained.checksums(source)}})
-        return source
+        place = pretrained.beside(source, resolve(SuiteConfig, self.profile).weights)
+        yield place
+        part = name.removesuffix("_eval")
+        self.record("inputs", {name: pretrained.provenance(place, part if part in pretrained.PARTS else "")})
 
     def reward(self, spec: str, *, text=None):
-        """The reward that a line of configuration names (`rewards.load_reward`), of this run's models."""
+        """The reward that a line of configuration names (`rewards.load_reward`), of this run's models. ValueError where a source
+        is empty."""
         from resonate_lib.rewards import load_reward
 
         named = {term.rpartition("*")[2].strip() for term in spec.split("+")}
-        return load_reward(spec, **{name: self.scorer(name, text=text) for name in ("clap", "lalm") if name in named})
+        places = {"clap": "file, directory or hub id", "lalm": "directory, hub id or server"}
+        models = {name: self.scorer(name, text=text) for name in places if name in named}
+        for name, model in models.items():
+            if model is None:
+                raise ValueError(f"reward {name!r}: {name}_source is empty; name a {places[name]} (-p {name}_source ...), "
+                                 "or use another reward")
+        return load_reward(spec, **models)
 
     def show(self, config: Config) -> Any:
         """Print the resolved values and the arithmetic that follows from them, note them, and return `config`."""

@@ -179,7 +179,7 @@ def test_wrong_files_are_refused_in_one_line(folder, tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "neither" in refused(tmp_path, FileNotFoundError)
+    assert "model.safetensors is missing" in refused(tmp_path, FileNotFoundError)
     state, config = official_tensors(), json.loads((folder / "config.json").read_text())
     save_file(state, tmp_path / "model.safetensors")
     assert "config.json" in refused(tmp_path, FileNotFoundError)
@@ -193,9 +193,9 @@ def test_wrong_files_are_refused_in_one_line(folder, tmp_path):
     save_file({name: x for name, x in state.items() if "grep_a" not in name}, tmp_path / "model.safetensors")
     assert "gru_rel_pos_const" in refused(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    assert "not a file of weights" in refused(tmp_path)
+    assert "no whole safetensors file" in refused(tmp_path)
     torch.save({"state_dict": state, "model_cfg": print, "target_transform": TRANSFORM}, tmp_path / "checkpoint.pt")
-    assert "not a file of weights" in refused(tmp_path / "checkpoint.pt")
+    assert "holds code" in refused(tmp_path / "checkpoint.pt")
 
 
 def test_audio_that_is_not_finite_is_refused(folder):

@@ -16,6 +16,7 @@ import torchaudio
 from miniature_clap import make_clap, make_miniature, make_roberta, training_checkpoint
 from transformers import RobertaConfig, RobertaTokenizer
 
+from resonate_lib.models.pretrained import PARTS
 from resonate_lib.rewards import laion
 from resonate_lib.rewards.base import check_result
 from resonate_lib.rewards.laion import LaionClapReward
@@ -129,7 +130,7 @@ def test_loading_is_strict_and_leaves_nothing_behind(miniature, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
     folder = tmp_path / "folder"  # the published name in a folder, bare weights, tokenizer.json alone
     folder.mkdir()
-    torch.save(dict(state), folder / laion.CHECKPOINT)
+    torch.save(dict(state), folder / PARTS["clap"].file)
     reward.tokenizer.save_pretrained(folder)
     RobertaConfig.from_pretrained(roberta).save_pretrained(folder)
     assert (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").exists()
@@ -167,13 +168,13 @@ def test_bad_checkpoints_are_refused_in_one_line(miniature, tmp_path):
 
     assert "bad.pt" in refused(FileNotFoundError)
     torch.save(training_checkpoint(model) | {"hook": Code(mark)}, bad)
-    assert "Unsupported" in refused() and not mark.exists()
+    assert "holds code" in refused() and not mark.exists()
     bad.write_bytes(checkpoint.read_bytes()[:100_000])
-    assert "not a file of weights" in refused()
+    assert "cut off or damaged" in refused()
     bad.write_bytes(b"")
-    assert "not a file of weights" in refused()
+    assert "is empty" in refused()
     bad.write_text("<html>404</html>")
-    assert "not a file of weights" in refused()
+    assert "is a web page" in refused()
     content = training_checkpoint(model)
     content["state_dict"]["module.audio_branch.patch_embed.mel_conv2d.weight"] = torch.zeros(1)
     torch.save(content, bad)

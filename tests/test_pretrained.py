@@ -122,8 +122,12 @@ def test_a_missing_part_says_what_it_is_and_where_to_put_it(tmp_path):
 
 
 @pytest.mark.parametrize(("part", "source", "words"), [
-    ("vae_44k", "./nowhere/v1-44.pth", "no such file or folder"), ("vae_44k", "nowhere", "no hub id"), ("vaes", None, "allowed")])
-def test_a_source_that_is_nothing(part, source, words):
+    ("vae_44k", "./nowhere/v1-44.pth", "no such file or folder"), ("vae_44k", "nowhere", "no hub id"), ("vaes", None, "allowed"),
+    ("clap", "weights/clap.pt", "no such file or folder"), ("t5", "here/flan", "no such file or folder")])
+def test_a_source_that_is_nothing(tmp_path, monkeypatch, part, source, words):
+    """The hub, which refuses to be asked here, is not: also not for what could be an id, but is a path."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((FileNotFoundError, ValueError), match=words):
         locate(part, source)
 
@@ -132,6 +136,21 @@ def test_a_file_cannot_stand_for_a_model_folder(tmp_path):
     (tmp_path / "model.safetensors").write_text("x")
     with pytest.raises(FileNotFoundError, match="is a folder with config"):
         locate("t5", tmp_path / "model.safetensors")
+
+
+def test_a_file_of_a_general_name_has_its_own_folder(tmp_path):
+    """AudioBox-Aesthetics' model.safetensors, beside others; RoBERTa's tokenizer needs no weights."""
+    assert PARTS["aesthetics"].place == "audiobox-aesthetics/model.safetensors"
+    path = tmp_path / PARTS["aesthetics"].place
+    path.parent.mkdir()
+    for file in (path, path.with_name("config.json"), tmp_path / "config.json"):
+        file.write_text("{}")
+    for found in (locate("aesthetics", tmp_path), locate("aesthetics", path.parent), locate("aesthetics", beside=tmp_path)):
+        assert found.path == path and set(found.sha256) == {"model.safetensors", "config.json"}
+    assert pretrained.beside("facebook/audiobox-aesthetics", tmp_path) == str(path)
+    assert locate("roberta", model_folder(tmp_path / "roberta", without="model.safetensors")).path.name == "roberta"
+    with pytest.raises(FileNotFoundError, match="a tokenizer"):
+        locate("roberta", model_folder(tmp_path / "untold", without="tokenizer.json"))
 
 
 # ---- the hub --------------------------------------------------------------
@@ -201,6 +220,29 @@ def test_a_checksum_is_computed_once_and_again_when_the_file_changes(tmp_path):
     assert pretrained._sha256.cache_info().misses == before + 1
     path.write_bytes(b"another")
     assert pretrained.sha256(path) == hashlib.sha256(b"another").hexdigest()
+
+
+# ---- for the run record ---------------------------------------------------
+def test_what_a_loaded_source_was_read_from(hub, tmp_path, monkeypatch):
+    """A part in a directory, or in the hub's cache under its own id or another; a model that is no part; a server."""
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(huggingface_hub.file_download.constants, "HF_HUB_OFFLINE", True)
+    empty = hashlib.sha256(b"{}").hexdigest()
+    cached(hub, "facebook/audiobox-aesthetics", "model.safetensors", "config.json", "checkpoint.pt")
+    cached(hub, "me/clap", "mine.pt")
+    cached(hub, "me/judge", "config.json", "model.safetensors", "modeling.py")
+    model_folder(tmp_path / "weights" / "roberta-base")
+    assert pretrained.provenance("facebook/audiobox-aesthetics", "aesthetics") == {
+        "source": f"facebook/audiobox-aesthetics@{COMMIT}", "sha256": {"model.safetensors": empty, "config.json": empty}}
+    assert pretrained.provenance("me/clap/mine.pt", "clap") == {"source": f"me/clap@{COMMIT}", "sha256": {"mine.pt": empty}}
+    assert pretrained.provenance(str(tmp_path / "weights"), "roberta") == {
+        "source": str(tmp_path / "weights"), "sha256": {"config.json": empty, "tokenizer.json": empty}}
+    files = {"config.json": empty, "model.safetensors": empty}
+    snapshot = str(hub / "models--me--judge" / "snapshots" / COMMIT)
+    assert pretrained.provenance("me/judge") == {"source": f"me/judge@{COMMIT}", "sha256": files}
+    assert pretrained.provenance(snapshot) == {"source": snapshot, "sha256": files}
+    assert pretrained.provenance("http://host:8000/v1#judge") == {"source": "http://host:8000/v1#judge", "sha256": {}}
 
 
 # ---- reading --------------------------------------------------------------

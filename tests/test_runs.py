@@ -1,11 +1,13 @@
 """Run versions: numbering, records, inputs, and metrics that repeat byte for byte."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import time
 
+import miniature_clap
 import numpy as np
 import pandas as pd
 import pytest
@@ -258,6 +260,65 @@ def test_verify_finds_every_kind_of_difference(tmp_path):
         "new": "new",
         "checkpoints/base/network": "not in git",
     }
+
+
+@pytest.fixture
+def profile(run, tmp_path, monkeypatch):
+    """profile(reward={...}, ...) writes the sections of the run's profile."""
+
+    def write(**sections):
+        (tmp_path / "tiny.yaml").write_text(json.dumps(sections))
+        run.loaded.clear()
+
+    monkeypatch.setenv("RESONATE_PARAMS", str(tmp_path))
+    return write
+
+
+def test_a_reward_without_a_source_is_refused(run, profile):
+    profile(reward={"lalm_source": "", "clap_source": ""})
+    assert run.scorer("lalm") is None
+    for name, words in (("lalm", "directory, hub id or server"), ("clap", "file, directory or hub id")):
+        for spec in (name, f"0.5*{name}+1*file.py:score"):
+            with pytest.raises(ValueError) as caught:
+                run.reward(spec)
+            assert str(caught.value) == (f"reward {name!r}: {name}_source is empty; name a {words} (-p {name}_source ...), "
+                                         "or use another reward")
+
+
+def test_a_model_from_the_hub_is_noted_once_it_is_here(run, profile, tmp_path, monkeypatch):
+    """On first use its files come with loading; a judge that no list holds has its checksums too."""
+    import huggingface_hub.constants
+
+    from resonate_lib.rewards import omni
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    profile(reward={"lalm_source": "me/judge", "lalm_eval_source": "http://host:8000/v1#judge"})
+    kept = tmp_path / "hub" / "models--me--judge"
+
+    def load(source, **_):
+        (kept / "refs").mkdir(parents=True, exist_ok=True)
+        (kept / "refs" / "main").write_text("a" * 40)
+        (kept / "snapshots" / ("a" * 40)).mkdir(parents=True, exist_ok=True)
+        (kept / "snapshots" / ("a" * 40) / "model.safetensors").write_text("weights")
+        return source
+
+    monkeypatch.setattr(omni, "open_judge", load)
+    assert run.scorer("lalm") == "me/judge" and run.scorer("lalm_eval").startswith("http")
+    notes = json.loads((run.path / "notes" / f"{run.notebook}.json").read_text())["inputs"]
+    sha = hashlib.sha256(b"weights").hexdigest()
+    assert notes["lalm"] == {"source": f"me/judge@{'a' * 40}", "sha256": {"model.safetensors": sha}}
+    assert notes["lalm_eval"]["sha256"] == {}
+
+
+@pytest.mark.parametrize("slip", [False, True])
+def test_the_published_rate_is_the_rewards_alone(run, profile, tmp_path, slip):
+    checkpoint, roberta, _ = miniature_clap.make_miniature(tmp_path / "clap")
+    profile(reward={"clap_source": str(checkpoint), "clap_eval_source": str(checkpoint), "roberta_source": str(roberta),
+                    "clap_published_rate": slip})
+    assert run.scorer("clap").published_rate is slip and not run.scorer("clap_eval").published_rate
+    notes = json.loads((run.path / "notes" / f"{run.notebook}.json").read_text())["inputs"]
+    assert set(notes["clap"]["sha256"]) == set(notes["clap_eval"]["sha256"]) == {"clap.pt"}
+    assert set(notes["roberta"]["sha256"]) == {"config.json", "vocab.json", "merges.txt"}
 
 
 def test_sources_cover_the_library_and_name_no_folder_of_the_machine():

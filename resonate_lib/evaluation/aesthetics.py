@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 import torchaudio
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resonate_lib.rewards.laion import check_audio, exact_float32, find_folder, read_checkpoint
+from resonate_lib.models.pretrained import locate, read_content
+from resonate_lib.rewards.laion import check_audio, exact_float32
 
 AXES = {"CE": "content enjoyment", "CU": "content usefulness", "PC": "production complexity", "PQ": "production quality"}
 SAMPLE_RATE = 16000  # Hz
@@ -133,30 +133,19 @@ class Predictor(nn.Module):
 def read_official(source: str | Path) -> tuple[dict[str, Tensor], dict, dict, Path]:
     """The weights under `Predictor`'s names, the settings, each axis' mean and std of the raters, and the file they are in.
 
-    source: the hub's `model.safetensors` (with config.json beside it) or `checkpoint.pt`, the folder of either, or the
-    hub id. Raises FileNotFoundError or ValueError.
+    source: the hub's `model.safetensors` (with config.json beside it), its folder or the hub id, as `pretrained.locate` takes
+    them, or the file `checkpoint.pt`. Raises FileNotFoundError or ValueError.
     """
-    path = Path(source).expanduser()
-    if not path.is_file():
-        folder = find_folder(source, ["config.json", "model.safetensors"])
-        path = folder / "model.safetensors"
-        path = path if path.is_file() else folder / "checkpoint.pt"
+    path = locate("aesthetics", source).path
+    content = read_content(path)
     if path.suffix == ".safetensors":
         config = path.with_name("config.json")
         if not config.is_file():
             raise FileNotFoundError(f"{config}: no such file; copy config.json from the repository of the weights")
         settings = json.loads(config.read_text())
-        try:
-            state = load_file(path)
-        except Exception as error:  # safetensors has its own kind
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(f"{path}: not a file of weights ({reason}); download it again") from None
-        transform = settings.get("target_transform")
-    elif path.is_file():
-        content = read_checkpoint(path)
-        state, settings, transform = (content.get(key) for key in ("state_dict", "model_cfg", "target_transform"))
+        state, transform = content, settings.get("target_transform")
     else:
-        raise FileNotFoundError(f"{path.parent}: neither model.safetensors nor checkpoint.pt in it; name their folder")
+        state, settings, transform = (content.get(key) for key in ("state_dict", "model_cfg", "target_transform"))
     if not state or settings is None or not set(AXES) <= set(transform or ()):
         raise ValueError(f"{path}: no weights with settings and target_transform of {list(AXES)}; name the official file")
     return {rename(name): tensor for name, tensor in state.items()}, dict(settings), transform, path

@@ -4,6 +4,7 @@ A file is never allowed to run code: safetensors, or `torch.load(weights_only=Tr
 that the user named. What the tensors mean is the business of the models.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -28,12 +29,16 @@ FOLDER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of 
 TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
 NESTS = ("generator", "state_dict", "model", "weights")  # keys under which real files hold their tensors
 STRAY = ("t_embed.freqs", "latent_rot", "text_rot", "_latent_rot_buffer", "_text_rot_buffer")
-NUMBERS = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
+# Training notes beside the tensors: NumPy numbers (newer and older name of their maker), the command line.
+NOTES = [np.core.multiarray.scalar, (np.core.multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType,
+         np.dtypes.Float32DType, np.dtypes.Int64DType, argparse.Namespace]  # fmt: skip
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A published model. file: in the hub repository, empty where the whole repository is the model; beside: read with it."""
+    """A published model. file: in the hub repository, empty where the whole repository is the model; beside: read with it;
+    weightless: of the repository only configuration and tokenizer are."""
 
     name: str
     what: str
@@ -42,6 +47,12 @@ class Part:
     gigabytes: float
     licence: str
     beside: tuple[str, ...] = ()
+    weightless: bool = False
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Of the files in its folder that are read."""
+        return tuple(pattern for pattern in FOLDER_FILES if not (self.weightless and pattern == "*.safetensors"))
 
     @property
     def url(self) -> str:
@@ -55,8 +66,9 @@ class Part:
 
     @property
     def place(self) -> str:
-        """Where it is to be put inside a directory of weights."""
-        return Path(self.file).name or self.folder
+        """Where it is to be put inside a directory of weights; a file whose name many models share, in its own folder."""
+        name = Path(self.file).name
+        return f"{self.folder}/{name}" if name == "model.safetensors" else name or self.folder
 
 
 # File names of vocoders, CLAP and aesthetics, sizes, and the licences of MMAudio's and Qwen3's weights are from general
@@ -72,11 +84,12 @@ PARTS = {part.name: part for part in (
     Part("t5", "text encoder FLAN-T5-large", "google/flan-t5-large", "", 3.1, "Apache-2.0"),
     Part("clap", "LAION-CLAP checkpoint (reward)", "lukewys/laion_clap", "music_speech_audioset_epoch_15_esc_89.98.pt", 2.4,
          "CC0-1.0"),
-    Part("roberta", "text tower of LAION-CLAP", "roberta-base", "", 0.5, "MIT"),
+    Part("roberta", "tokenizer of LAION-CLAP", "roberta-base", "", 0.01, "MIT", weightless=True),
     Part("qwen25_omni", "LALM judge (reward)", "Qwen/Qwen2.5-Omni-7B", "", 22.4, "Apache-2.0"),
     Part("qwen2_audio", "LALM judge (reward, smaller)", "Qwen/Qwen2-Audio-7B-Instruct", "", 16.8, "Apache-2.0"),
     Part("qwen3_omni", "LALM judge (evaluation)", "Qwen/Qwen3-Omni-30B-A3B-Instruct", "", 70.5, "Apache-2.0"),
-    Part("aesthetics", "AudioBox-Aesthetics (evaluation)", "facebook/audiobox-aesthetics", "checkpoint.pt", 0.4, "CC-BY-4.0"),
+    Part("aesthetics", "AudioBox-Aesthetics (evaluation)", "facebook/audiobox-aesthetics", "model.safetensors", 0.4, "CC-BY-4.0",
+         ("config.json",)),
 )}  # fmt: skip
 
 
@@ -94,7 +107,7 @@ class Located:
         """What is read of it: the file and those beside it, or the folder's configuration, weights and tokenizer."""
         if self.part.file:
             return [self.path, *(path for name in self.part.beside if (path := self.path.parent / name).is_file())]
-        return sorted({path for pattern in FOLDER_FILES for path in self.path.glob(pattern)})
+        return sorted({path for pattern in self.part.patterns for path in self.path.glob(pattern)})
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -121,7 +134,7 @@ def locate(part: str, source: str | Path | None = None, *, beside: str | Path | 
         with contextlib.suppress(FileNotFoundError):
             return _in_place(part, path.resolve() if path.is_dir() else path.resolve().parent)
     hub, file = _hub_id(part, str(source)) if named else (part.hub, part.file)
-    found = _cached(hub, file)
+    found = _cached(hub, file, part.weightless)
     reason = "is not in the hub's local cache"
     if found is None and named and offline():
         reason += " and HF_HUB_OFFLINE is set"
@@ -129,8 +142,13 @@ def locate(part: str, source: str | Path | None = None, *, beside: str | Path | 
         found, reason = _download(part, hub, file)
     if found is None:
         raise FileNotFoundError(_absent(part, hub, file, reason, named))
-    commit = re.search(r"/snapshots/([^/]+)", found.as_posix())
-    return Located(part, found, f"{hub}@{commit[1]}" if commit else hub)
+    return Located(part, found, _at_commit(hub, found))
+
+
+def _at_commit(hub: str, path: Path) -> str:
+    """hub id@commit of a file or folder in the hub's cache."""
+    commit = re.search(r"/snapshots/([^/]+)", path.as_posix())
+    return f"{hub}@{commit[1]}" if commit else hub
 
 
 def _in_place(part: Part, path: Path) -> Located:
@@ -145,47 +163,49 @@ def _in_place(part: Part, path: Path) -> Located:
         found = [place / name for place in places for name in names if (place / name).is_file()]
         lack = part.file
     else:
-        found = [place for place in places if not lacking(place)]
-        lack = lacking(next((place for place in places if (place / "config.json").is_file()), places[0]))
+        found = [place for place in places if not lacking(place, part.weightless)]
+        lack = lacking(next((place for place in places if (place / "config.json").is_file()), places[0]), part.weightless)
     if not found:
         raise FileNotFoundError(f"{part.what} is not in {path}: {lack} is missing; get it from {part.url} ({part.gigabytes:g} GB, "
                                 f"{part.licence}) and put it at {path / part.place}")
     return Located(part, found[0], str(path))
 
 
-def lacking(folder: Path) -> str:
-    """The first thing a transformers model folder lacks to be loaded, in words; empty where it is whole."""
+def lacking(folder: Path, weightless: bool = False) -> str:
+    """The first thing a transformers model folder lacks to be loaded, in words; empty where it is whole. weightless: for its
+    tokenizer alone."""
     if not (folder / "config.json").is_file():
         return "config.json"
-    for index in folder.glob("*.index.json"):
+    for index in () if weightless else folder.glob("*.index.json"):
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         absent = [name for name in shards if not (folder / name).is_file()]
         if absent and index.name.startswith("model.safetensors"):
             return f"{absent[0]} ({len(absent)} of {len(shards)} shards)"
-    if not any(folder.glob("*.safetensors")) and not (folder / "pytorch_model.bin").is_file():
+    if not weightless and not any(folder.glob("*.safetensors")) and not (folder / "pytorch_model.bin").is_file():
         return "model.safetensors (or pytorch_model.bin)"
     return "" if any((folder / name).is_file() for name in TOKENIZERS) else f"a tokenizer ({' or '.join(TOKENIZERS)})"
 
 
 def _hub_id(part: Part, source: str) -> tuple[str, str]:
-    """`owner/repository[/file]` -> (id, file). FileNotFoundError for a path that is not there."""
+    """`owner/repository[/file]` -> (id, file). FileNotFoundError for a path that is not there: what names a weight file, or lies
+    in a folder that is here, is not asked of the hub."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", source)
     if source == part.hub:
         return source, part.file
-    if not match:
+    if not match or Path(match[1]).suffix in WEIGHT_FILES or Path(source).parent.is_dir():
         raise FileNotFoundError(f"{source!r} for {part.what}: there is no such file or folder, and it is no hub id "
                                 f"(owner/repository) such as {part.hub}")
     return match[1], match[2] or part.file
 
 
-def _cached(hub: str, file: str) -> Path | None:
+def _cached(hub: str, file: str, weightless: bool = False) -> Path | None:
     """The file, or for an empty `file` the whole folder, in huggingface_hub's local cache. Asks nobody."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(hub, file or "config.json")
     if not isinstance(found, str):
         return None
-    return Path(found) if file else (Path(found).parent if not lacking(Path(found).parent) else None)
+    return Path(found) if file else (Path(found).parent if not lacking(Path(found).parent, weightless) else None)
 
 
 def beside(source: str, directory: str | Path) -> str:
@@ -197,20 +217,23 @@ def beside(source: str, directory: str | Path) -> str:
     return source
 
 
-def checksums(source: str) -> dict[str, str]:
-    """{file name: hex sha256} of what a source is read from: a file, a folder, or a hub id in the local cache; empty for what is
-    not on this machine."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return {path.name: sha256(path)}
-    if not path.is_dir():
-        part = next((part for part in PARTS.values() if part.hub == source), None)
-        try:
-            return locate(part.name, source, download=False).sha256 if part else {}
-        except FileNotFoundError:
-            return {}
-    kept = (*FOLDER_FILES, "*.pt", "*.pth", "*.bin")
-    return {file.name: sha256(file) for file in sorted({found for pattern in kept for found in path.glob(pattern)})}
+def provenance(source: str, part: str = "") -> dict:
+    """{"source": directory or hub id@commit, "sha256": {file: hex}} of what was read of a source that has been loaded: a file, a
+    folder, or a hub id, which stands for its snapshot in the local cache.
+
+    part: the key in PARTS where it is one of them; else a model folder of transformers. A server has no sha256.
+    """
+    if part:
+        found = locate(part, source, download=False)
+        return {"source": found.source, "sha256": found.sha256}
+    folder = Path(source).expanduser()
+    if not folder.exists() and not source.startswith("http"):
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, local_files_only=True))
+        source = _at_commit(source, folder)
+    files = sorted({file for pattern in FOLDER_FILES for file in folder.glob(pattern)})
+    return {"source": source, "sha256": {file.name: sha256(file) for file in files}}
 
 
 def offline() -> bool:
@@ -231,8 +254,9 @@ def _download(part: Part, hub: str, file: str) -> tuple[Path | None, str]:
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub, file or "config.json"), timeout=TIMEOUT)
         print(f"downloading {part.what} from {hub}: about {part.gigabytes:g} GB, {part.licence}", flush=True)
         if not file:
-            path = Path(huggingface_hub.snapshot_download(hub, allow_patterns=list(FOLDER_FILES), etag_timeout=TIMEOUT))
-            return (None, f"came without {lacking(path)}") if lacking(path) else (path, "")
+            path = Path(huggingface_hub.snapshot_download(hub, allow_patterns=list(part.patterns), etag_timeout=TIMEOUT))
+            lack = lacking(path, part.weightless)
+            return (None, f"came without {lack}") if lack else (path, "")
         for name in part.beside:
             huggingface_hub.hf_hub_download(hub, name, etag_timeout=TIMEOUT)
         return Path(huggingface_hub.hf_hub_download(hub, file, etag_timeout=TIMEOUT)), ""
@@ -268,13 +292,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     is dropped where all names have it. Nothing in the file is run. Raises ValueError in one line for anything else.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the weight file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    content = _content(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}: a dictionary of tensors is needed")
+    content = read_content(path)
     while nested := [content[key] for key in NESTS if isinstance(content.get(key), Mapping)]:
         content = nested[0]
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
@@ -285,8 +303,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module.") if bare else name: tensor for name, tensor in tensors.items()}
 
 
+def read_content(path: str | Path) -> Mapping:
+    """All that a weight file holds, notes beside the tensors included, or a ValueError that says in what way it is not one."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the weight file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    content = _content(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}: a dictionary of tensors is needed")
+    return content
+
+
 def _content(path: Path):
-    """What a weight file holds, or a ValueError that says in what way it is not one."""
     with path.open("rb") as file:
         head = file.read(64)
     again = "get it again"
@@ -299,7 +329,7 @@ def _content(path: Path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(NUMBERS):  # training notes beside the tensors hold numpy numbers
+        with torch.serialization.safe_globals(NOTES):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file ({_line(error)}): {again}") from None

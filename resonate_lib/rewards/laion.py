@@ -7,7 +7,6 @@ Source: LAION-CLAP (arXiv 2211.06687), checkpoint `music_speech_audioset_epoch_1
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -15,91 +14,27 @@ import os
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import torch
 import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resonate_lib.models.pretrained import PARTS, locate, read_weights
 from resonate_lib.rewards.base import LONGEST_TRIM, RewardResult
 
-CHECKPOINT = "music_speech_audioset_epoch_15_esc_89.98.pt"
 SAMPLE_RATE = 48000  # Hz
 CLIP_SAMPLES = 480_000  # 10 s: the only length the network hears
 MAX_TOKENS = 77
-# What stands beside the weights in a training checkpoint: NumPy learning rates in the optimizer's state, the command line.
-SAFE_GLOBALS = (
-    (np.core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np.dtype,
-    np.dtypes.Float64DType,
-    argparse.Namespace,
-)
 
 
-def find_folder(source: str | Path, files: Sequence[str]) -> Path:
-    """The folder `source`, or the cached or downloaded snapshot of the hub repository `source` ("owner/name"), of which
-    only `files` are fetched.
-
-    The hub is asked only for a name that cannot be a path here, and only for what its cache lacks.
-    Raises FileNotFoundError where neither is found.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    is_path = path.exists() or path.suffix in (".pt", ".safetensors") or (len(path.parts) > 1 and path.parent.is_dir())
-    if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise FileNotFoundError(f"{source}: no such folder; name a folder with {', '.join(files)}, or a hub id")
-    from huggingface_hub import snapshot_download
-
-    reason = "offline"
-    for cached in (True, False):
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=list(files), local_files_only=cached))
-        except Exception as error:  # the hub client has a dozen kinds; each of them means: not there
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            continue
-        if all((folder / name).is_file() for name in files):
-            return folder
-        reason = "not all of these files are in it"
-    raise FileNotFoundError(
-        f"{source}: neither a folder here nor a repository of the hub with {', '.join(files)} ({reason}); "
-        "download it once and name its folder"
-    )
-
-
-def read_checkpoint(path: Path, safe: Sequence = ()) -> dict:
-    """What `torch.save` wrote, on the CPU, mapped from the file where its format allows; no code in it is run.
-
-    safe: globals allowed beside tensors and plain values. Raises ValueError for a file that is damaged, or that holds
-    anything else.
-    """
-    try:
-        with torch.serialization.safe_globals(list(safe)):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        # The reason stands somewhere in a page of advice to load the file unsafely.
-        found = re.search(r"(Unsupported|PytorchStreamReader|Trying to|Can only)[^\n]*", str(error))
-        reason = found.group()[:160] if found else f"{type(error).__name__} {str(error)[:80]}".strip()
-        raise ValueError(f"{path}: not a file of weights ({reason}); download it again from a source you trust") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}, a dict of tensors is needed; name the right file")
-    return content
-
-
-def clap_state(content: dict) -> dict[str, Tensor]:
-    """The weights in a LAION-CLAP checkpoint: its `state_dict` (or all of it), without the `module.` of parallel training
-    and the position numbers that older transformers stored."""
-    state = content.get("state_dict", content)
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in state.items() if name != "text_branch.embeddings.position_ids"}
+def clap_state(path: Path) -> dict[str, Tensor]:
+    """The weights in a LAION-CLAP checkpoint, without the position numbers that older transformers stored."""
+    return {name: tensor for name, tensor in read_weights(path).items() if name != "text_branch.embeddings.position_ids"}
 
 
 def clap_package() -> ModuleType:
@@ -151,7 +86,7 @@ def build_clap(state: dict[str, Tensor], text_config) -> nn.Module:
     Raises ValueError for weights of another kind of model.
     """
     if "audio_branch.patch_embed.mel_conv2d.weight" in state:
-        raise ValueError("a fusion checkpoint of LAION-CLAP: use one without fusion, such as " + CHECKPOINT)
+        raise ValueError("a fusion checkpoint of LAION-CLAP: use one without fusion, such as " + PARTS["clap"].file)
     if not {"audio_branch.patch_embed.proj.weight", "text_branch.embeddings.word_embeddings.weight"} <= state.keys():
         raise ValueError(f"not a LAION-CLAP checkpoint with HTSAT and RoBERTa: it begins with {list(state)[:2]}")
     package, sizes = clap_package(), audio_sizes(state)
@@ -179,16 +114,16 @@ def build_clap(state: dict[str, Tensor], text_config) -> nn.Module:
 
 
 def load_roberta(source: str | Path):
-    """RoBERTa's configuration and tokenizer from a folder or a hub id; its weights are not needed.
+    """RoBERTa's configuration and tokenizer from a place that `pretrained.locate` takes; its weights are not needed.
 
     Raises ValueError for a tokenizer that is not whole: transformers builds an empty one where files are missing.
     """
     from transformers import RobertaConfig, RobertaTokenizer
 
-    folder = find_folder(source, ["config.json", "tokenizer.json"])
+    folder = locate("roberta", source).path
     has = {path.name for path in folder.iterdir()}
-    if "config.json" not in has or not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
-        raise FileNotFoundError(f"{folder}: config.json and tokenizer.json of roberta-base are needed, found {sorted(has)}")
+    if not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
+        raise FileNotFoundError(f"{folder}: tokenizer.json of roberta-base is needed, found {sorted(has)}")
     config = RobertaConfig.from_pretrained(folder, local_files_only=True)
     tokenizer = RobertaTokenizer.from_pretrained(folder, local_files_only=True)
     if len(tokenizer) != config.vocab_size:
@@ -263,18 +198,16 @@ class LaionClapReward:
     ) -> LaionClapReward:
         """Reads the published file, whole or not at all.
 
-        checkpoint: the file, or a folder or hub id ("lukewys/laion_clap") that holds it under its published name; any
+        checkpoint: the file, or a directory or hub id ("lukewys/laion_clap") that holds it under its published name; any
         LAION-CLAP of HTSAT and RoBERTa without fusion will do. roberta: a folder with config.json and the tokenizer, or
-        a hub id ("roberta-base"). device: default a GPU if there is one. batch_size: clips in one forward.
+        a hub id ("roberta-base"). Both as `pretrained.locate` takes them. device: default a GPU if there is one.
+        batch_size: clips in one forward.
         Raises FileNotFoundError or ValueError, one line with what to do.
         """
-        path = Path(checkpoint).expanduser()
-        path = path if path.is_file() else find_folder(checkpoint, [CHECKPOINT]) / CHECKPOINT
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; name the checkpoint's file or the folder that holds {CHECKPOINT}")
+        path = locate("clap", checkpoint).path
         config, tokenizer = load_roberta(roberta)
         try:
-            model = build_clap(clap_state(read_checkpoint(path, SAFE_GLOBALS)), config)
+            model = build_clap(clap_state(path), config)
         except ValueError as error:
             raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
