@@ -168,14 +168,15 @@ class Run:
         Where the profile's weights are published ones, the base is theirs unless this run (or --from) trained one; the files
         that it is made of are noted with their sha256. ValueError where the profile states another sample rate than theirs.
         """
-        from resonate_lib.models.generator import Generator
+        from resonate_lib.models.generator import Generator, codec_mode
 
         suite = resolve(SuiteConfig, self.profile)
         places = {key: getattr(suite, key) or None for key in ("vae", "vocoder", "text")}
         published = suite.world == "folder"
         folder = self.resolve_input(name, optional=published and name == "base")
         if folder is None:
-            made = Generator.load_published(suite.weights, seconds=suite.seconds, **places)
+            mode = codec_mode(suite.sample_rate)
+            made = Generator.load_published(suite.weights, mode=mode, seconds=suite.seconds, **places)
         else:
             made = Generator.load(folder, suite.weights if Path(suite.weights).is_dir() else None, **places)
         if made.parts:

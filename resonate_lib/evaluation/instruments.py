@@ -23,7 +23,7 @@ from resonate_lib.data import scenes
 from resonate_lib.data.corpus import Corpus, open_corpus, to_int16
 from resonate_lib.evaluation.judge import Judge, fit_judge, freeze_threshold
 from resonate_lib.evaluation.worlds import FolderWorld
-from resonate_lib.models.generator import Generator
+from resonate_lib.models.generator import Generator, codec_mode
 from resonate_lib.rewards.clap import ClapReward, fit_clap
 from resonate_lib.rewards.lalm import LalmReward
 from resonate_lib.rewards.lalm_training import fit_lalm
@@ -164,7 +164,8 @@ def _build_published(configs: dict, *, seed: int, folder: Path, state: Path | No
     suite, config = configs["suite"], configs["pretrain"]
     places = {key: getattr(suite, key) or None for key in ("vae", "vocoder", "text")}
     sizes = {key: getattr(config, key) for key in ("hidden_dim", "depth", "fused_depth", "num_heads", "mlp_ratio", "text_seq_len")}
-    generator = Generator.new_published(suite.weights, seconds=suite.seconds, seed=seed, **places, **sizes)
+    mode = codec_mode(suite.sample_rate)
+    generator = Generator.new_published(suite.weights, mode=mode, seconds=suite.seconds, seed=seed, **places, **sizes)
     corpus = FolderWorld(configs["data"], sample_rate=generator.sample_rate, seconds=suite.seconds).corpus("train", seed=seed)
     pretrain.measure_statistics(generator, corpus)
     history = pretrain.train_by(generator, pretrain.encode_only(generator, corpus), corpus.captions, config, seed=seed,
