@@ -178,13 +178,19 @@ def test_a_profile_with_another_sample_rate_than_its_codec_is_refused(tmp_path, 
     weights = miniature.build(tmp_path / "weights")
     monkeypatch.setenv("RESONATE_PARAMS", str(tmp_path))
     run = runs.Run(path=tmp_path / "run", profile="mine", seed=0, notebook="04")
-    for rate in (44100, 16000):
+
+    def at(rate):
         profile = {"suite": {"world": "folder", "weights": str(weights), "sample_rate": rate, "seconds": 0.5}}
         (tmp_path / "mine.yaml").write_text(json.dumps(profile))
-        if rate == 44100:
-            assert run.generator().sample_rate == 44100
+        return run.generator()
+
+    made = at(44100)
+    assert made.sample_rate == 44100
+    with pytest.raises(ValueError, match="sample_rate=22050: published codecs are for 16000 or 44100 Hz"):
+        at(22050)
+    made.save(run.checkpoint("base"))
     with pytest.raises(ValueError, match="sample_rate=16000, but the codec makes sound at 44100 Hz"):
-        run.generator()
+        at(16000)
 
 
 def test_a_profile_of_recordings_says_what_it_needs():
