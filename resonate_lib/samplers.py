@@ -183,8 +183,11 @@ def ode_sample(
     network: FluxAudio, noise: Tensor, cond: Condition, *, steps: int, guidance_scale: float = 1.0
 ) -> Tensor:
     """x0 (B, N, C) float32 in network space: Euler steps of the guided velocity from noise (B, N, C) at t=1 down to 0.
+
+    noise may lie on another device than the network, where x0 is.
     """
-    times, x, text = flow.time_grid(steps).tolist(), noise.float(), flow.prepare_text(network, cond, guidance_scale)
+    times, x = flow.time_grid(steps).tolist(), noise.to(network.latent_mean.device).float()
+    text = flow.prepare_text(network, cond, guidance_scale)
     for t, t_next in itertools.pairwise(times):
         x = x + (t_next - t) * flow.guided(network, x, t, text, guidance_scale)
     return x
@@ -196,13 +199,16 @@ def rollout(
     kind: str = "sde", generators: Generators = None, last_step_noise: bool = False,
     window: tuple[int, int] | None = None, noises: Tensor | None = None,
 ) -> Trajectory:  # fmt: skip
-    """A stochastic rollout from noise (B, N, C), every latent and log-probability kept.
+    """A stochastic rollout from noise (B, N, C), every latent and log-probability kept, on the network's device.
 
-    generators: one per sample, drawn from once per stochastic step; or `noises` (B, S, N, C) to replay.
+    generators: one per sample, drawn from once per stochastic step; or `noises` (B, S, N, C) to replay. They and noise may be
+    on another device.
     last_step_noise: the published code also adds noise at the final step, which is heard and never trained; here that
     step is deterministic unless asked. window=(first, length): only these steps are stochastic, the others are Euler
     steps (Flow-GRPO-Fast).
     """
+    noise = noise.to(network.latent_mean.device)
+    noises = None if noises is None else noises.to(noise.device)
     times = flow.time_grid(steps).to(noise.device)
     first, length = window or (0, steps)
     last = steps if last_step_noise and kind == "sde" else steps - 1

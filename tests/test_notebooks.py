@@ -6,12 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
 import pytest
+import torch
+from test_flux_audio import small
 
-from resonate_lib import config
+from resonate_lib import config, flow, memory, samplers
+from resonate_lib.models.flux_audio import Condition
+from resonate_lib.rewards.remote import RemoteJudge
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -71,6 +76,52 @@ def test_a_knob_that_is_a_field_is_none_until_turned(path):
     for name, item in papermill.inspect_notebook(str(path)).items():
         if name in fields and (path.name[:2], name) != ("05", "reward"):  # the one thing 05 sets otherwise
             assert item["default"] == "None", f"{name} hides the profile's value"
+
+
+class Grid(list):
+    """A time grid that can be read although tensors are fake."""
+
+    def tolist(self):
+        return list(self)
+
+    def to(self, device):
+        return torch.linspace(self[0], self[-1], len(self), device=device)
+
+
+def step(x, v, t, t_next, *, noise, **_):
+    """A stochastic step without its checks, which read values."""
+    return samplers.Transition(x + v * (t_next - t) + noise, x, t, t, None)
+
+
+def test_noise_of_the_cpu_reaches_a_network_on_a_gpu(monkeypatch):
+    """As notebooks 02 and 04 call the samplers; fake tensors refuse a mix of devices as a GPU does."""
+    monkeypatch.setattr(flow, "time_grid", lambda steps: Grid([1.0, 0.5, 0.0]))
+    monkeypatch.setattr(samplers, "sde_step", step)
+    sources = [torch.Generator().manual_seed(i) for i in range(3)]
+    with memory._shapes_only("cuda"):
+        network, cond = small(), Condition(torch.randn(3, 7, 10), torch.randn(3, 12))
+        noise, noises = torch.randn(3, 5, 6, device="cpu"), torch.randn(3, 2, 5, 6, device="cpu")
+        with pytest.raises(RuntimeError, match="two different devices"):
+            flow.guided(network, noise, 0.5, cond, 1.0)
+        assert samplers.ode_sample(network, noise, cond, steps=2, guidance_scale=3.0).device.type == "cuda"
+        for given in ({"generators": sources}, {"noises": noises}):
+            found = samplers.rollout(network, noise, cond, steps=2, guidance_scale=3.0, noise_level=0.7, **given)
+            assert {t.device.type for t in (found.latents, found.noises, found.log_probs, found.times)} == {"cuda"}
+
+
+def opening_of_05(lalm):
+    """Runs the cell of notebook 05 that opens the two rewards."""
+    source = next(cell.source for cell in read(NOTEBOOKS[5]).cells if cell.source.startswith("base = run.generator"))
+    scorers = {"clap": object(), "lalm": lalm}
+    opened = SimpleNamespace(generator=lambda name: SimpleNamespace(text=None), scorer=lambda name, text: scorers[name])
+    exec(source, {"run": opened, "torch": torch})
+
+
+def test_05_takes_a_judge_that_a_server_has_and_refuses_none(capsys):
+    opening_of_05(RemoteJudge("http://localhost:1/v1#Qwen/Qwen2.5-Omni-7B"))
+    assert "dog barks" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="lalm_source is empty"):
+        opening_of_05(None)
 
 
 def run(results, *arguments):

@@ -84,20 +84,40 @@ def paper_world(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("profile", ["paper", "small"])
-def test_the_suite_runs_at_paper_shape(tmp_path, profile):
-    given = paper_world(tmp_path / "world") | SMALL
-    command = [sys.executable, "-m", "resonate_lib", "run", "--profile", profile]
+def run_suite(folder: Path, profile: str, given: dict, *arguments) -> Path:
+    """The version that a whole run, or one of some notebooks, leaves."""
+    command = [sys.executable, "-m", "resonate_lib", "run", "--profile", profile, *arguments]
     for name, value in given.items():
         command += ["-p", name, str(value)]
-    environment = {**os.environ, "RESONATE_RESULTS": str(tmp_path / "results"), "RESONATE_CACHE": str(tmp_path / "cache"),
+    environment = {**os.environ, "RESONATE_RESULTS": str(folder / "results"), "RESONATE_CACHE": str(folder / "cache"),
                    "HF_HUB_OFFLINE": "1"}  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    version = Path(done.stdout.strip().splitlines()[-1])
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def heard_by(version: Path) -> tuple[set, list]:
+    """The scores of notebook 02's table of the base, and the rows of notebook 05's of generated clips (none without it)."""
+    base = versions.read_table(version / "metrics" / "base.csv")
+    generated = version / "metrics" / "reward_on_generated.json"
+    return set(base["metric"]) - {"silent", "clipping"}, json.loads(generated.read_text()) if generated.is_file() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["paper", "small"])
+def test_the_suite_runs_at_paper_shape(tmp_path, profile):
+    given = paper_world(tmp_path / "world") | SMALL | ({} if profile == "paper" else {"lalm_eval_source": ""})
+    version = run_suite(tmp_path, profile, given)
     run = versions.read(version)
     assert run["status"] == "DONE"
+    scores, generated = heard_by(version)
+    if profile == "paper":
+        assert scores == {"aqa", "reward_clap"}
+        assert {(row["reward"], row["quality"]) for row in generated} == {("lalm", "lalm_eval"), ("clap", "lalm_eval")}
+    else:  # nobody but the training rewards: no row may pass for an independent verdict
+        assert scores == {"reward", "reward_clap"}
+        assert [row["reward"] for row in generated] == ["lalm and clap"] and "prefers_better_sibling" not in generated[0]
+        assert "no independent verdict" in (version / "metrics" / "tta_words.json").read_text()
     headline = versions.read_table(version / "metrics" / "tta_headline.csv")
     assert set(headline["system"]) >= {"base", "base trained on", "DPO", "GRPO (CLAP)", "GRPO (LALM)", "NFT", "best of 2"}
     assert headline["reward"].between(0, 1).all() and headline["CE"].notna().all()
@@ -107,6 +127,18 @@ def test_the_suite_runs_at_paper_shape(tmp_path, profile):
     noted = json.dumps([item["notes"].get("inputs", {}) for item in run["notebooks"].values()])
     assert "vae_44k" in noted and "sha256" in noted
     assert (version / "listen.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_without_an_lalm_02_and_06_run_by_the_clap(tmp_path):
+    given = paper_world(tmp_path / "world") | SMALL | {"lalm_source": "", "lalm_eval_source": ""}
+    version = run_suite(tmp_path, "small", given, "--only", "02,06")
+    assert versions.read(version)["status"] == "DONE" and heard_by(version) == ({"reward_clap"}, [])
+    assert not (version / "metrics" / "lalm.csv").exists() and (version / "metrics" / "clap.csv").is_file()
+    headline = versions.read_table(version / "metrics" / "tta_headline.csv")
+    assert headline["reward"].equals(headline["reward_clap"])
+    executed = "".join(path.read_text(encoding="utf-8") for path in (version / "notebooks").glob("*.ipynb"))
+    assert "reward.lalm_source is empty: `reward` is clap" in executed
 
 
 def test_a_base_is_trained_from_nothing_around_published_parts(tmp_path):
