@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     results.add_argument("versions", nargs="*", metavar="VERSION")
     listen = commands.add_parser("listen", help="open a version's listen.html; with answers: how often who was preferred")
     listen.add_argument("version", nargs="?", default="latest")
-    commands.add_parser("doctor", help="what this machine can run, and how to mend what it cannot")
+    doctor = commands.add_parser("doctor", help="what this machine can run, and how to mend what it cannot")
+    doctor.add_argument("--weights", metavar="DIR", help="a directory to look for published weights in (default: the profile's)")
+    doctor.add_argument("--profile", choices=("small", "paper"), default="paper", help="whose judges to look for (default: paper)")
     commands.add_parser("bench", help="times of the stages against scoring and sampling clip by clip")
     verify = commands.add_parser("verify", help="recompute a version's checksums")
     verify.add_argument("version", nargs="?", default="latest")
@@ -215,7 +217,7 @@ def doctor_command(options: argparse.Namespace) -> int:
     """The table of checks; 1 when `tiny` cannot run here."""
     from resonate_lib import doctor
 
-    return doctor.main()
+    return doctor.main(options.profile, options.weights)
 
 
 def bench_command(options: argparse.Namespace) -> int:

@@ -117,7 +117,7 @@ def _check_data(resolved: dict[str, Any], request: Request, from_path: Path | No
     """Raise ValueError for data that a later notebook could not use, or that its models have met in training."""
     data, later = resolved["data"], [number for number in notebooks if number not in ("00", "01")]
     if resolved["suite"]["world"] != "embedded":
-        if not data["folder"]:
+        if set(notebooks) != {"00"} and not (data["folder"] and data["captions"]):
             raise ValueError(f"profile {request.profile} needs recordings with captions: add -p folder DIR and -p captions FILE")
         return
     if not later:
@@ -147,7 +147,7 @@ def start(
     root = versions.results_dir(results)
     plan = make_plan(request, folder=folder, results=root)
     _require_space(plan, root, len(request.seeds))
-    _plan_memory(plan)
+    _check_published(plan, list(plan.notebooks))
     run = {
         "version": "",
         "status": "RUNNING",
@@ -214,7 +214,9 @@ def resume(
             f"{version.name}: {', '.join(changed[:3])}{more} changed since it started, so it cannot end as it would have: "
             "start a new run"
         )
-    _require_space(plan, root, len({seed for _, _, seed, _ in _waiting(plan, run)}))
+    waiting = _waiting(plan, run)
+    _require_space(plan, root, len({seed for _, _, seed, _ in waiting}))
+    _check_published(plan, sorted({number for _, number, _, _ in waiting}), version)
     run.update(status="RUNNING", exit_reason="", runner=record.this_process())
     run["resumed"].append({"at": now(), "git": record.git_state(CHECKOUT)})
     record.write_json(version / "run.json", run)
@@ -228,8 +230,11 @@ def _require_space(plan: Plan, root: Path, seeds: int) -> None:
     versions.require_space(runs.cache_dir(), megabytes, "RESONATE_CACHE")
 
 
-def _plan_memory(plan: Plan) -> None:
-    """Print what each notebook will need where models are published ones, and raise ValueError where one cannot fit."""
+def _check_published(plan: Plan, notebooks: list[str], version: Path | None = None) -> None:
+    """Where models are published ones, say what will be downloaded and how much memory each notebook takes.
+
+    version: the one that is resumed. Raises ValueError where a part is neither here nor to be had, or a notebook cannot fit.
+    """
     settings = plan.payload["config"]
     if settings["suite"]["world"] != "folder":
         return
@@ -237,9 +242,23 @@ def _plan_memory(plan: Plan) -> None:
 
     from resonate_lib import budget, memory
 
+    trained = "02" in notebooks and plan.request.from_scratch
+    for line in budget.parts(settings, notebooks, plan.parameters, base=_base(plan, version), trained=trained):
+        print(line, file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("working out how much memory it takes", file=sys.stderr, flush=True)
-    print(budget.report(settings, list(plan.notebooks), plan.parameters, device, memory.available(device)), file=sys.stderr)
+    print(budget.report(settings, notebooks, plan.parameters, device, memory.available(device)), file=sys.stderr)
+
+
+def _base(plan: Plan, version: Path | None) -> Path | None:
+    """The base that every seed finds (`Run.resolve_input`) before the published one; of several seeds, that of the first."""
+    shipped = None if plan.request.from_scratch else Path(plan.payload["config"]["suite"]["weights"]).expanduser() / "base"
+    found = []
+    for seed in plan.request.seeds:
+        tops = [top / inner for top in (version, plan.from_path) if top for inner in (f"seed{seed}", "")]
+        places = [*(top / "checkpoints" / "base" for top in tops), shipped]
+        found.append(next((place for place in places if place and place.exists()), None))
+    return found[0] if all(found) else None
 
 
 def _sources(plan: Plan) -> dict[str, str]:

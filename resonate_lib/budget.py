@@ -1,4 +1,5 @@
-"""Whether the notebooks of a profile of published weights fit this machine: a memory plan of each, before anything starts.
+"""Whether the notebooks of a profile of published weights can start on this machine: are the parts here that they use, and do
+they fit its memory.
 
 What a training needs is worked out in `memory.py`; here stands what else each notebook holds meanwhile. Sizes of models
 come from their files, or from the list of published parts where they are not here yet.
@@ -6,39 +7,69 @@ come from their files, or from the list of published parts where they are not he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from resonate_lib import memory
 from resonate_lib.config import SECTIONS, Config
+from resonate_lib.data import prompts
+from resonate_lib.models import pretrained
 from resonate_lib.models.flux_audio import FluxAudio, fluxaudio_m_44k
 from resonate_lib.models.pretrained import PARTS, beside, flux_config, locate, read_weights
 
-SYSTEMS = 6  # networks that notebooks 06 and 07 hold: base, trained on, DPO, two of GRPO, NFT
-STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft"), "05": ("grpo",), "06": (), "07": ()}
-HEARING = {  # reward models a notebook holds besides those of its stages' reward lines
+TRIAL = "own reward"  # notebook 04's last training: one small round, with all its networks still there
+STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", TRIAL), "05": ("grpo",)}
+# Networks that a notebook holds besides that of its stage: the base, and students of earlier stages.
+BESIDE = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, f"04 {TRIAL}": 3, "05 grpo": 1}
+SYSTEMS = {"00": 2, "06": 6, "07": 5}  # networks of the notebooks that only generate: the base and what was tuned
+HEARING = {  # who hears, besides the reward lines
     "02": ("clap", "lalm", "clap_eval", "lalm_eval"),
     "05": ("clap", "lalm"),
-    "06": ("clap", "lalm", "clap_eval", "lalm_eval"),
+    "06": ("clap", "clap_eval", "lalm_eval", "aesthetics"),
 }
+SCORERS = {"clap": "clap", "lalm": "qwen25_omni", "clap_eval": "clap", "lalm_eval": "qwen3_omni", "aesthetics": "aesthetics"}
 QUARTERS = {"": 4, "8bit": 2, "4bit": 1}  # of bf16's size
+NOT_QUANTISED = 2_500_000_000  # word embeddings and output layer of Qwen2-Audio, the largest; they stay in bf16
+T5_ENCODER = 0.44  # of FLAN-T5's file: the decoder is not built
+# Bytes that scorers work in for a batch of 16 clips; allowances, not measurements.
+SCORING = {"clap": 1_000_000_000, "aesthetics": 1_000_000_000, "lalm": 2_000_000_000}
+LAYOUTS = {  # file sets, any of which is enough, where the reader asks for other files than the list of parts names
+    "roberta": (("config.json", "tokenizer.json"), ("config.json", "vocab.json", "merges.txt")),
+    "aesthetics": (("config.json", "model.safetensors"), ("checkpoint.pt",)),
+}
 
 
+# -------------------------------------------------------------------------------------------------- memory
 def plans(config: Mapping[str, Mapping[str, Any]], notebooks: list[str], parameters: Mapping[str, Mapping], device: str) -> dict:
-    """{"04 grpo": rows of `memory.plan`} for every stage of the notebooks. config: every section, resolved; parameters: what is
-    given for single notebooks. device: "cuda" or "cpu"."""
-    found = {}
+    """{"04 grpo": rows of `memory.plan`} for every stage of the notebooks, and {"06": rows} for one that only generates.
+
+    config: every section, resolved; parameters: what is given for single notebooks. device: "cuda" or "cpu". ValueError for a
+    checkpoint that cannot be read.
+    """
+    found, build = {}, _network(config)
     for number in notebooks:
-        for section in STAGES.get(number, ()):
-            stage = _stage(config, section, parameters.get(number, {}))
-            held = _held(config, number, getattr(stage, "reward", ""))
-            rows = memory.plan(partial(_network, config), stage, device=device, held=held)
-            found[f"{number} {section}"] = [replace(row, knobs=_advice(row.part)) if row.part in held else row for row in rows]
-        if number in ("06", "07"):
-            found[number] = _evaluation(config, number, device)
+        given = parameters.get(number, {})
+        for place, section in enumerate(STAGES.get(number, ())):
+            name, stage = f"{number} {section}", _stage(config, number, section, given)
+            held = {f"networks held beside: {BESIDE[name]}, float32": BESIDE[name] * _bytes(build)}
+            judges = _judges(config, number, given, STAGES[number][: place + 1])
+            held |= _published(config) | judges
+            clips = memory.batches(stage)[1]
+            rows = memory.plan(
+                build, stage, device=device, held=held, scoring=_scoring(judges) if clips else 0,
+                decoding=memory.decoding(clips, seconds=config["suite"]["seconds"], device=device),
+            )  # fmt: skip
+            found[name] = [replace(row, knobs=_advice(row.part, number)) if row.part in held else row for row in rows]
+        if number in SYSTEMS:
+            found[number] = _generating(config, number, given, build, device)
     return found
 
 
@@ -54,74 +85,190 @@ def report(config, notebooks: list[str], parameters, device: str, free: int) -> 
     return "\n\n".join(text)
 
 
-def _stage(config, section: str, given: Mapping[str, Any]) -> Config:
-    """The stage's configuration with what is given for its notebook under its names."""
-    cls = SECTIONS[section]
-    names = set(config[section])
-    mine = {key: value for key, value in given.items() if key in names and not (section == "nft" and f"nft_{key}" not in given)}
-    mine |= {key.removeprefix(f"{section}_"): value for key, value in given.items() if key.removeprefix(f"{section}_") in names}
+def _stage(config, number: str, section: str, given: Mapping[str, Any]) -> Config:
+    """The stage's configuration with what is given for its notebook: plain names are of the first stage, `trained` of all,
+    the others' begin with the stage's name."""
+    if section == TRIAL:
+        return replace(_stage(config, number, "grpo", given), steps=1, prompts_per_step=2, minibatches=1)
+    names, first = set(config[section]), section == STAGES[number][0]
+    mine = {key: value for key, value in given.items() if key in names and (first or key == "trained")}
+    mine |= {key.removeprefix(f"{section}_"): value for key, value in given.items() if key.removeprefix(f"{section}_") in names
+             and key.startswith(f"{section}_")}  # fmt: skip
     values = {**config[section], **{key: value for key, value in mine.items() if value is not None}}
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return SECTIONS[section](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-def _network(config) -> FluxAudio:
-    """The network of the profile's checkpoint, or the published one where it is not here yet."""
+def _network(config) -> Callable[[], FluxAudio]:
+    """What builds the network of the profile's checkpoint, or the published one where it is not here yet."""
     try:
         state = read_weights(locate("generator_pt", config["suite"]["weights"], download=False).path)
-    except (FileNotFoundError, ValueError):
-        return fluxaudio_m_44k()
+    except FileNotFoundError:
+        return fluxaudio_m_44k
     length = round(config["suite"]["seconds"] * config["suite"]["sample_rate"]) // 1024
-    return FluxAudio(**flux_config(state), latent_seq_len=length)
+    return partial(FluxAudio, **flux_config(state), latent_seq_len=length)
 
 
-def _held(config, number: str, reward: str) -> dict[str, int]:
-    """{what: bytes} on the device throughout a notebook, the network of its stage apart."""
-    suite = config["suite"]
-    parts = {
-        "autoencoder": ("vae_44k", suite["vae"]),
-        "vocoder": ("vocoder_44k", suite["vocoder"]),
-        "text encoder": ("t5", suite["text"]),
+def _bytes(build: Callable[[], FluxAudio]) -> int:
+    with torch.device("meta"):
+        return sum(tensor.nbytes for tensor in build().state_dict().values())
+
+
+def _published(config) -> dict[str, int]:
+    """{what: bytes} of the codec and the text encoder, which every notebook holds."""
+    suite, weights = config["suite"], config["suite"]["weights"]
+    return {
+        "autoencoder": _part_bytes("vae_44k", suite["vae"], weights),
+        "vocoder": _part_bytes("vocoder_44k", suite["vocoder"], weights),
+        "text encoder": round(T5_ENCODER * _part_bytes("t5", suite["text"], weights)),
     }
-    held = {name: _part_bytes(part, source or None, suite["weights"]) for name, (part, source) in parts.items()}
-    named = {term.rpartition("*")[2].strip() for term in reward.split("+")} | set(HEARING.get(number, ()))
-    for name in ("clap", "lalm", "clap_eval", "lalm_eval"):
-        size = _judge_bytes(config["reward"], name, suite["weights"]) if name in named else 0
-        if size:
-            held[name] = size
-    return held
 
 
-def _advice(name: str) -> tuple[str, ...]:
+def _heard(config, number: str, given: Mapping[str, Any], sections: tuple[str, ...]) -> list[str]:
+    """The scorers of SCORERS that a notebook has made by the end of these stages."""
+    lines = [getattr(_stage(config, number, section, given), "reward", "") for section in sections]
+    lines += [given.get("reward") or "lalm"] if number == "06" else []
+    named = {term.rpartition("*")[2].strip() for line in lines for term in line.split("+")} | set(HEARING.get(number, ()))
+    return [name for name in SCORERS if name in named]
+
+
+def _judges(config, number: str, given: Mapping[str, Any], sections: tuple[str, ...]) -> dict[str, int]:
+    """{scorer: bytes} of those that a notebook holds on this device."""
+    sizes = {name: _judge_bytes(config, name) for name in _heard(config, number, given, sections)}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _scoring(judges: Mapping[str, int]) -> int:
+    return max((SCORING[name.removesuffix("_eval")] for name in judges), default=0)
+
+
+def _advice(name: str, number: str) -> tuple[str, ...]:
     """What makes room where a judge is too large."""
     if not name.startswith("lalm"):
         return ()
-    return (f"{name}_source=http://host:port/v1#model (a server)", "lalm_quantisation=4bit", "lalm_offload=true")
+    other = ("06.reward=clap",) if (name, number) == ("lalm", "06") else ()
+    return (f"{name}_source=http://host:port/v1#model (a server)", "lalm_quantisation=4bit", "lalm_offload=true", *other)
 
 
-def _part_bytes(part: str, source: str | None, beside: str) -> int:
+def _part_bytes(part: str, source: str, directory: str) -> int:
+    """Of its file or folder where it is here, else as the list of parts says."""
     try:
-        return memory.file_bytes(locate(part, source, beside=beside, download=False).path)
-    except (FileNotFoundError, ValueError):
+        return memory.file_bytes(locate(part, source or None, beside=directory, download=False).path)
+    except FileNotFoundError:
         return round(PARTS[part].gigabytes * 1e9)
 
 
-def _judge_bytes(reward: Mapping[str, Any], name: str, weights: str) -> int:
+def _judge_bytes(config, name: str) -> int:
+    """0 of one that is not asked for, or lives elsewhere. RoBERTa counts as part of CLAP: only its tokenizer is read."""
+    reward, weights = config["reward"], config["suite"]["weights"]
     source = beside(reward[f"{name}_source"], weights)
     if not source or source == "shipped" or source.startswith("http") or (name.startswith("lalm") and reward["lalm_offload"]):
         return 0
-    if Path(source).expanduser().exists():
-        size = memory.file_bytes(Path(source).expanduser())
-    else:
-        size = next((round(part.gigabytes * 1e9) for part in PARTS.values() if part.hub == source), 0)
-    return size * QUARTERS[reward["lalm_quantisation"]] // 4 if name.startswith("lalm") else size
+    here = Path(source).expanduser()
+    size = memory.file_bytes(here) if here.exists() else _part_bytes(_part_of(name, source), source, weights)
+    kept = min(size, NOT_QUANTISED)
+    quarters = QUARTERS[reward["lalm_quantisation"]] if name.startswith("lalm") else 4
+    return kept + (size - kept) * quarters // 4
 
 
-def _evaluation(config, number: str, device: str) -> list[memory.Row]:
-    """Rows of a notebook that only generates: all systems' networks, who hears them, and the sampling of one batch."""
-    clips = config["eval"]["batch_size"] if number == "06" else config["listen"]["prompts"]
-    use = memory.measure(partial(_network, config), clips=1, sample_clips=clips, sample_guidance=4.5, device=device)
-    held = _held(config, number, "lalm" if number == "06" else "")
-    rows = [memory.Row(f"{SYSTEMS} networks, float32", SYSTEMS * use.weights)]
-    rows += [memory.Row(name, size, "", _advice(name)) for name, size in held.items()]
-    knob = "06 batch_size" if number == "06" else "07 prompts"
-    return [*rows, memory.Row(f"sampling {clips} clips", use.sampling, "sampling", (f"{knob} below {clips}",))]
+def _part_of(name: str, source: str) -> str:
+    """The key in PARTS of a scorer's source: by its hub id or its folder's name, else what stands in the published system."""
+    of_kind = (part for part in PARTS.values() if source == part.hub or Path(source).name == part.folder)
+    return next((part.name for part in of_kind), SCORERS[name])
+
+
+def _generating(config, number: str, given: Mapping[str, Any], build, device: str) -> list[memory.Row]:
+    """Rows of a notebook that only generates: all systems' networks, who hears them, and the work on one batch."""
+    size = {"00": config["suite"]["preview_prompts"] + 1, "06": config["eval"]["batch_size"], "07": config["listen"]["prompts"]}
+    knob = {"00": "preview_prompts", "06": "batch_size", "07": "prompts"}[number]
+    clips = size[number] if given.get(knob) is None else given[knob] + (number == "00")
+    use = memory.measure(build, clips=1, sample_clips=clips, sample_guidance=4.5, device=device)  # any above 1 takes as much
+    judges = _judges(config, number, given, ())
+    rows = [memory.Row(f"networks held: {SYSTEMS[number]}, float32", SYSTEMS[number] * use.weights)]
+    rows += [memory.Row(name, size, "", _advice(name, number)) for name, size in (_published(config) | judges).items()]
+    rows.append(memory.Row("driver and libraries", 0 if device == "cpu" else memory.ALLOWANCE))
+    rows.append(memory.Row(f"sampling {clips} clips", use.sampling, "sampling", (f"{number}.{knob} below {clips}",)))
+    decoding = memory.decoding(clips, seconds=config["suite"]["seconds"], device=device)
+    rows += [memory.Row(f"decoding {clips} clips", decoding, "decoding")]
+    rows += [memory.Row(f"scoring {clips} clips", _scoring(judges), "scoring")]
+    return [row for row in rows if row.bytes]
+
+
+# -------------------------------------------------------------------------------------------------- parts
+def parts(config: Mapping[str, Mapping[str, Any]], notebooks: list[str], parameters: Mapping[str, Mapping], *,
+          base: Path | None = None, trained: bool = False) -> list[str]:  # fmt: skip
+    """Lines about published parts that the notebooks use and that will be downloaded; empty where all are on this machine.
+
+    base: the folder of a base model of one's own, which is used in place of the published one; trained: whether this run makes
+    it. Raises ValueError, one line, for the first part that is neither here nor will be downloaded, TTA-Bench's files included.
+    """
+    lines = []
+    for part, source in _used(config, notebooks, parameters, base, trained):
+        try:
+            _find(part, source, config["suite"]["weights"])
+        except FileNotFoundError as error:
+            hub = source and not Path(source).expanduser().exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/.+)?", source)
+            if not hub or pretrained.offline():
+                raise ValueError(str(error)) from None
+            of_list = source.startswith(PARTS[part].hub)
+            size = f"about {PARTS[part].gigabytes:g} GB, {PARTS[part].licence}" if of_list else "its size is not known"
+            lines.append(f"not here yet and will be downloaded: {PARTS[part].what}, {source} ({size})")
+    bench = parameters.get("06", {}).get("tta_bench") or config["eval"]["tta_bench"]
+    if "06" in notebooks and bench:
+        _check_bench(bench)
+    return list(dict.fromkeys(lines))
+
+
+def _used(config, notebooks, parameters, base: Path | None, trained: bool) -> Iterator[tuple[str, str]]:
+    """(key in PARTS, source) of all that the notebooks read."""
+    suite, reward = config["suite"], config["reward"]
+    if set(notebooks) <= {"01"}:
+        return
+    if not base and not trained:
+        yield "generator_pt", suite["weights"]
+    saved = _saved(base) if base and not Path(suite["weights"]).expanduser().is_dir() else {}
+    for part, source in (("vae_44k", suite["vae"]), ("vocoder_44k", suite["vocoder"]), ("t5", suite["text"])):
+        if source or not Path(saved.get(part, {}).get("path", "/absent")).exists():
+            yield part, source
+    heard = {name for number in notebooks
+             for name in _heard(config, number, parameters.get(number, {}), STAGES.get(number, ()))}  # fmt: skip
+    for name in (name for name in SCORERS if name in heard):
+        source = reward[f"{name}_source"]
+        if not source or source == "shipped" or source.startswith("http") or (Path(source) / "model_card.json").is_file():
+            continue
+        yield _part_of(name, source), beside(source, suite["weights"])
+        if name.startswith("clap"):
+            yield "roberta", beside(reward["roberta_source"], suite["weights"])
+
+
+def _saved(base: Path) -> dict[str, dict]:
+    """Where the parts lay that a base model was saved around."""
+    facts = base / "generator.json"
+    return json.loads(facts.read_text()).get("parts", {}) if facts.is_file() else {}
+
+
+def _find(part: str, source: str, directory: str) -> None:
+    """FileNotFoundError where a part is not on this machine."""
+    path = Path(source).expanduser()
+    if part not in LAYOUTS or path.is_file():
+        locate(part, source or None, beside=directory, download=False)
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    def has(name: str) -> bool:
+        return (path / name).is_file() if path.is_dir() else isinstance(try_to_load_from_cache(source, name), str)
+
+    if not any(all(map(has, names)) for names in LAYOUTS[part]):
+        wanted = ", or ".join(" and ".join(names) for names in LAYOUTS[part])
+        raise FileNotFoundError(f"{PARTS[part].what} is not in {source}{'' if path.is_dir() else ' on this machine'}: it needs "
+                                f"{wanted}; get them from https://huggingface.co/{PARTS[part].hub} and name their folder")
+
+
+def _check_bench(folder: str) -> None:
+    """ValueError for files of TTA-Bench that are absent or damaged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notebook 06 tells what is odd in them
+        for part in prompts.TTA_BENCH_FILES:
+            try:
+                prompts.load_tta_bench(folder, part)
+            except FileNotFoundError as error:
+                raise ValueError(str(error)) from None

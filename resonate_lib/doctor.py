@@ -101,22 +101,26 @@ def checks() -> list[Check]:
     return found
 
 
-def published(profile: str = "paper") -> list[Check]:
+def published(profile: str = "paper", directory: str | None = None) -> list[Check]:
     """A row per published model: where it lies, or its size, licence and address and where to put it. Downloads nothing.
 
-    Looked for where the profile says (`suite.weights`, `reward.clap_source`, `reward.lalm_source`: directories, or hub ids,
-    which stand for the hub's local cache), else under its own id in that cache.
+    Looked for in the directory given, else where the profile says (`suite.weights`, `reward.clap_source`, `reward.lalm_source`:
+    directories, or hub ids, which stand for the hub's local cache), else under its own id in that cache. ValueError where the
+    directory is none.
     """
+    if directory is not None and not Path(directory).expanduser().is_dir():
+        raise ValueError(f"--weights {directory}: there is no such directory; name the one that holds the published weights")
     try:
-        from resonate_lib.models.pretrained import PARTS, locate
+        from resonate_lib.models.pretrained import PARTS, beside, locate
 
         sections = load_profile(profile)
     except (ImportError, ValueError) as error:
         return [Check("published weights", "note", " ".join(str(error).split())[:100], INSTALL)]
     suite, reward = sections.get("suite", {}), sections.get("reward", {})
-    weights, lalm = (str(Path(place).expanduser()) for place in (suite.get("weights", ""), reward.get("lalm_source", "")))
+    weights = str(Path(directory or suite.get("weights", "")).expanduser())
+    lalm, clap = (beside(str(Path(reward.get(name, "")).expanduser()), weights) for name in ("lalm_source", "clap_source"))
     own = {part.name: lalm for part in PARTS.values() if Path(lalm).name == part.folder}
-    own |= {"generator_pt": weights, "generator_grpo": weights, "clap": reward.get("clap_source")}
+    own |= {"generator_pt": weights, "generator_grpo": weights, "clap": clap}
     rows = []
     for name, part in PARTS.items():
         try:
@@ -167,9 +171,9 @@ def _torch() -> list[Check]:
     return [*rows, Check("gpu", "note", "none", "tiny needs none; small wants 24 GB, paper 80 GB or more")]
 
 
-def main() -> int:
-    """Print the table and what it means; 0 when the default run can start."""
-    found = checks()
+def main(profile: str = "paper", weights: str | None = None) -> int:
+    """Print the table and what it means; 0 when the default run can start. profile, weights: see `published`."""
+    parts, found = published(profile, weights), checks()
     width = max(len(check.name) for check in found)
     for check in found:
         print(f"{check.state:<5} {check.name:<{width}}  {check.found}")
@@ -177,7 +181,6 @@ def main() -> int:
             print(f"{'':<5} {'':<{width}}  -> {check.remedy}")
     bad = [check.name for check in found if check.state == "bad"]
     print(f"\nsmoke, tiny: {'mend first: ' + ', '.join(bad) if bad else 'can run (python -m resonate_lib run)'}")
-    parts = published()
     absent = [check.name for check in parts if check.state != "ok"]
     print(f"\nsmall, paper: {len(parts) - len(absent)} of {len(parts)} published parts are here, and a run asks for those it uses;")
     print("fetch them into one directory, each as named behind the arrow, and say where: -p weights DIRECTORY")

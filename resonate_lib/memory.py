@@ -8,6 +8,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from resonate_lib import dpo, flow, online, training
 from resonate_lib.config import Config, DPOConfig, GRPOConfig, NFTConfig, PretrainConfig
-from resonate_lib.models import layers
+from resonate_lib.models import codec, layers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -133,6 +134,7 @@ def _shapes_only(device: str) -> Iterator[None]:
         layers.rope_table.cache_clear()
 
 
+@lru_cache(maxsize=16)  # stages of one run often ask the same; build makes the same network every time
 def measure(
     build: Callable[[], FluxAudio], *, clips: int, guidance_scale: float = 1.0, sample_clips: int = 0,
     sample_guidance: float = 1.0, precision: str = "auto", device: str = "cpu", trained: str = "all", lora_rank: int = 32,
@@ -202,6 +204,24 @@ def _block(network, live: Live, batch, precision, device) -> int:
     return kept
 
 
+@lru_cache(maxsize=8)
+def decoding(clips: int, *, seconds: float = 10.0, device: str = "cpu") -> int:
+    """Bytes at most while the published 44.1 kHz autoencoder and vocoder decode `clips` clips, a few at a time, in seconds.
+
+    cuDNN's workspaces, which no shape tells, are part of ALLOWANCE.
+    """
+    if not clips:
+        return 0
+    with _shapes_only(device), Live() as live, torch.no_grad():
+        whole = codec.VaeCodec("44k", seconds=seconds)
+        latents = torch.empty(min(clips, codec.AT_A_TIME), whole.latent_dim, whole.latent_len)
+        before = live.start()
+        mel = whole.vae.decoder(latents)  # its own `decode` first looks at the weights' values, which shapes have not
+        whole.vocoder(mel)
+        most = live.peak - before
+    return most + 2 * clips * whole.samples * 4  # the clips so far, and their copy within full scale
+
+
 def batches(config: Config) -> tuple[int, int]:
     """(clips per forward and backward, clips sampled at once; 0 where nothing is sampled) of a stage's configuration."""
     if isinstance(config, PretrainConfig):
@@ -228,7 +248,7 @@ def plan(
     """The rows of one stage: build() makes its network, config is its PretrainConfig, DPOConfig, GRPOConfig or NFTConfig.
 
     held: bytes of whatever else is on the device throughout (codec, text encoder, reward models; see `file_bytes`).
-    decoding, scoring: bytes that the codec and the reward work in for one sampled batch.
+    decoding, scoring: bytes that the codec (see `decoding`) and the reward work in for one sampled batch.
     """
     clips, sampled = batches(config)
     scales = getattr(config, "guidance_scales", None) or (getattr(config, "guidance_scale", 1.0),)
@@ -247,8 +267,8 @@ def plan(
     rows += [Row("optimizer state", 2 * use.trained, "", lora), Row("stored clips", _stored(config, use))]
     rows += [Row("driver and libraries", 0 if device == "cpu" else ALLOWANCE), Row("gradients", use.trained, "update", lora)]
     rows.append(Row(f"activations of {clips} clips", use.update, "update", less))
-    work = {"sampling": use.sampling, "decoding": decoding, "scoring": scoring}
-    rows += [Row(f"{phase} {sampled} clips", size, phase, (f"sample_batch below {sampled}",)) for phase, size in work.items()]
+    rows.append(Row(f"sampling {sampled} clips", use.sampling, "sampling", (f"sample_batch below {sampled}",)))
+    rows += [Row(f"decoding {sampled} clips", decoding, "decoding"), Row(f"scoring {sampled} clips", scoring, "scoring")]
     return [row for row in rows if row.bytes]
 
 
@@ -271,9 +291,11 @@ def _stored(config: Config, use: Use) -> int:
 
 
 def file_bytes(path: str | Path) -> int:
-    """Size of a weights file, or of all weights files in a folder. FileNotFoundError when there is none."""
+    """Size of a weights file, or of the weights in a folder: its safetensors, else all of WEIGHTS, which often are the same
+    weights again. FileNotFoundError when there are none."""
     path = Path(path)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in WEIGHTS and file.is_file()]
+    files = [file for file in files if file.suffix == ".safetensors"] or files
     if not files:
         raise FileNotFoundError(f"no weights in {path}: name a file, or a folder with {', '.join(WEIGHTS)} files")
     return sum(file.stat().st_size for file in files)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from miniature import VOCODER
 from test_flux_audio import small
 
 from resonate_lib import flow, memory
@@ -116,6 +117,24 @@ def test_lora_needs_no_second_network():
     assert rows["adapters"] < rows["network, float32"] / 10
 
 
+def test_decoding_is_what_a_real_decode_takes(monkeypatch):
+    """Of a miniature, on this machine; the published one is measured by shapes alone, in seconds."""
+    kind = memory.codec.VaeCodec
+    little = dict(embed_dim=4, hidden_dim=8, vocoder=VOCODER)
+    monkeypatch.setattr(memory.codec, "VaeCodec", lambda mode, seconds: kind(mode, seconds=seconds, **little))
+    memory.decoding.cache_clear()
+    with memory.Live() as live, torch.no_grad():
+        real = kind("44k", seconds=0.5, **little)
+        latents = torch.randn(6, real.latent_len, 4)
+        before = live.start()
+        real.decode(latents)
+        most = live.peak - before
+    counted = memory.decoding(6, seconds=0.5)
+    memory.decoding.cache_clear()
+    assert most <= counted < most + 2 * 6 * 4 * 22050
+    assert memory.decoding(0) == 0
+
+
 def test_total_table_and_refusal():
     rows = [
         memory.Row("network", 500_000_000),
@@ -144,7 +163,9 @@ def test_sizes_of_weights_files(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"12345")
     (tmp_path / "b.pth").write_bytes(b"123")
     (tmp_path / "notes.txt").write_bytes(b"1")
-    assert memory.file_bytes(tmp_path) == 8 and memory.file_bytes(tmp_path / "b.pth") == 3
+    assert memory.file_bytes(tmp_path) == 5 and memory.file_bytes(tmp_path / "b.pth") == 3  # the other: the same weights again
+    (tmp_path / "a.safetensors").unlink()
+    assert memory.file_bytes(tmp_path) == 3
     with pytest.raises(FileNotFoundError, match="no weights in"):
         memory.file_bytes(tmp_path / "absent")
     assert memory.available("cpu") > 0
