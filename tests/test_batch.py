@@ -193,6 +193,80 @@ def test_space_is_asked_for_every_seed_and_where_corpora_go(folder, monkeypatch,
     assert "a file stands where a folder should be" in err and "set RESONATE_CACHE" in err and err.count("\n") == 1
 
 
+@pytest.fixture
+def published(folder, tmp_path, monkeypatch):
+    """A profile of published weights, miniatures but for the recordings, with two notebooks; returns the weights' directory."""
+    import miniature
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    weights = miniature.build(tmp_path / "weights")
+    suite = f"{{world: folder, weights: {weights}, sample_rate: 44100, seconds: 1.0, disk_mb: 1}}"
+    (folder / "params" / "paper.yaml").write_text(f"suite: {suite}\nlisten: {{prompts: 2}}\n")
+    write_notebook(folder, "00_a.ipynb", OPEN)
+    fails_once = "state = run.state('x')\nif not state.exists(): state.write_text(''); raise RuntimeError('first time')"
+    write_notebook(folder, "07_b.ipynb", OPEN, fails_once)
+    return weights
+
+
+def test_a_run_that_lacks_memory_or_a_part_starts_nothing(folder, published, monkeypatch, capsys):
+    from resonate_lib import memory
+
+    asked = ["run", "--profile", "paper", "-p", "folder", str(folder), "-p", "captions", "x.csv"]
+    (folder / "x.csv").write_text("audio_path,caption\na.wav,a dog\n")
+    audio.write(folder / "a.wav", torch.zeros(800), 8000)
+
+    def refused(words):
+        assert cli.main(asked) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.splitlines()[-1].startswith("error: ")
+        assert not list((folder.parent / "results").glob("0*"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available", lambda device: 10_000)
+        refused("does not fit on this")
+    vocoder = published / "bigvgan_generator.pt"
+    vocoder.rename(published / "away")
+    refused("BigVGAN v2, 44.1 kHz")
+    (published / "away").rename(vocoder)
+    checkpoint = published / "Resonate_PT.pth"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:5000])
+    refused("get it again")
+    checkpoint.write_bytes(whole)
+    assert cli.main(asked) == 1 and "memory, notebook 07" in capsys.readouterr().err
+    version = versions.find("latest", folder.parent / "results")
+    record = (version / "run.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available", lambda device: 10_000)
+        assert cli.main(["run", "--resume", version.name]) == 2 and (version / "run.json").read_text() == record
+    capsys.readouterr()
+    assert cli.main(["run", "--resume", version.name]) == 0
+    err = capsys.readouterr().err
+    assert "memory, notebook 07" in err and "memory, notebook 00" not in err  # what is done needs none
+
+
+def test_only_the_first_notebook_needs_no_recordings(folder, published):
+    assert list(batch.make_plan(Request(profile="paper", only=("00",)), results=folder.parent).notebooks) == ["00"]
+    for only in (None, ("07",)):
+        with pytest.raises(ValueError, match="add -p folder DIR and -p captions FILE"):
+            batch.make_plan(Request(profile="paper", only=only), results=folder.parent)
+
+
+def test_doctor_looks_in_a_directory_for_published_weights(folder, published, capsys):
+    (published / "music_speech_audioset_epoch_15_esc_89.98.pt").write_bytes(b"x")
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    (folder / "params" / "small.yaml").write_text(f"suite: {{weights: {empty}}}\nreward: {{clap_source: lukewys/laion_clap}}\n")
+    said = {}
+    for place in (published, empty):
+        cli.main(["doctor", "--profile", "small", "--weights", str(place)])
+        said[place] = capsys.readouterr().out
+    assert "5 of 13 published parts are here" in said[published] and "0 of 13" in said[empty]
+    assert f"-> {published}/" in said[published] and f"-> {empty}/flan-t5-large" in said[empty]
+    assert cli.main(["doctor", "--weights", str(folder / "absent")]) == 2
+    assert "there is no such directory" in capsys.readouterr().err
+
+
 def test_a_damaged_notebook_is_one_line(folder, capsys):
     (folder / "04_a.ipynb").write_text('{"cells": [')
     assert cli.main(["run"]) == 2
