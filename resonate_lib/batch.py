@@ -119,6 +119,13 @@ def _check_data(resolved: dict[str, Any], request: Request, from_path: Path | No
     if resolved["suite"]["world"] != "embedded":
         if set(notebooks) != {"00"} and not (data["folder"] and data["captions"]):
             raise ValueError(f"profile {request.profile} needs recordings with captions: add -p folder DIR and -p captions FILE")
+        empty = [name for name in ("clap_source", "lalm_source") if not resolved["reward"][name]]
+        if "05" in notebooks and empty:
+            rest = ",".join(number for number in notebooks if number != "05")
+            raise ValueError(
+                f"{empty[0]} is empty, and notebook 05 compares CLAP and LALM: name a directory, hub id or server with "
+                f"-p {empty[0]} ..., or leave it out with --only {rest}"
+            )
         return
     if not later:
         return

@@ -430,6 +430,19 @@ def test_a_caption_file_may_lie_anywhere(folder, recordings, monkeypatch):
         assert plan.parameters == {"01": found, "data": found}
 
 
+def test_notebook_05_needs_both_rewards(folder, recordings):
+    for number in ("03", "05"):
+        write_notebook(folder, f"{number}_a.ipynb", "1")
+    splits = ("train", "validation", "test")
+    for split in splits:
+        (recordings / f"{split}.wav").write_bytes((recordings / "good.wav").read_bytes())
+    (recordings / "captions.csv").write_text("audio_path,caption,split\n" + "".join(f"{s}.wav,{s},{s}\n" for s in splits))
+    (folder / "params" / "mine.yaml").write_text("suite: {world: folder}\nreward: {lalm_source: ''}\n")
+    with pytest.raises(ValueError, match=r"lalm_source is empty.*--only 03"):
+        given = {"data.folder": str(recordings), "data.captions": "captions.csv"}
+        batch.make_plan(Request(profile="mine", overrides=given), results=folder.parent)
+
+
 def test_data_that_a_later_notebook_cannot_use_is_refused_before_the_start(folder, recordings):
     (recordings / "captions.csv").write_text("audio_path,caption\ngood.wav,a hiss\n")
     write_notebook(folder, "01_a.ipynb", OPEN)

@@ -135,6 +135,13 @@ class FolderWorld:
         return audio_folder.load_audio(records, sample_rate=self.sample_rate, seconds=self.seconds)
 
 
+def previews(profile: str, count: int, *, seed: int) -> list[dict]:
+    """`count` prompts of the benchmark to play; none where a profile of recordings has not been given any."""
+    if resolve(SuiteConfig, profile).world == "folder" and not resolve(DataConfig, profile).folder:
+        return []
+    return open_world(profile).bench(count=count, seed=seed)
+
+
 def scorers(world, run, reward: str, *, text=None) -> dict:
     """Who scores the benchmark's clips: the world's judge, the training reward (`reward`) and CLAP (`reward_clap`), and second
     models that no training heard (`aqa`, `clap`); those without a source are left out. text: the encoder of shipped CLAPs."""
