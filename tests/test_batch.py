@@ -212,8 +212,10 @@ def test_a_run_that_lacks_memory_or_a_part_starts_nothing(folder, published, mon
     from resonate_lib import memory
 
     asked = ["run", "--profile", "paper", "-p", "folder", str(folder), "-p", "captions", "x.csv"]
-    (folder / "x.csv").write_text("audio_path,caption\na.wav,a dog\n")
-    audio.write(folder / "a.wav", torch.zeros(800), 8000)
+    splits = ("train", "validation", "test")
+    (folder / "x.csv").write_text("audio_path,caption,split\n" + "".join(f"{s}.wav,a dog,{s}\n" for s in splits))
+    for split in splits:
+        audio.write(folder / f"{split}.wav", torch.zeros(800), 8000)
 
     def refused(words):
         assert cli.main(asked) == 2

@@ -184,7 +184,7 @@ def test_what_lives_elsewhere_or_is_not_used_is_not_asked_for(whole, tmp_path):
 def test_a_hub_id_is_downloaded_online_and_refused_offline(whole, monkeypatch):
     whole["reward"] |= {"lalm_source": "Qwen/Qwen2.5-Omni-7B", "roberta_source": "FacebookAI/roberta-base"}
     lines = budget.parts(whole, ["02", "05"], {})
-    assert [line.split(": ")[1].split(",")[0] for line in lines] == ["text tower of LAION-CLAP", "LALM judge (reward)"]
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == ["tokenizer of LAION-CLAP", "LALM judge (reward)"]
     assert "Qwen/Qwen2.5-Omni-7B (about 22.4 GB, Apache-2.0)" in lines[1] and "size is not known" in lines[0]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="LAION-CLAP is not in FacebookAI/roberta-base on this machine"):

@@ -17,6 +17,7 @@ PAIR = ["setting", "seed", "id", "sample"]
 BASE, OFFLINE, ONLINE = "base", ("DPO",), ("GRPO (CLAP)", "GRPO (LALM)", "NFT")
 ALTERNATIVES = ("base trained on", "best of 4")
 ORIGINALS = "originals"
+NO_VERDICT = "By the training reward, which is no independent verdict (no lalm_eval, no clap_eval)."
 
 
 def paired(
@@ -134,7 +135,8 @@ def words(
         lines += _online_against(peers, here, metric)
         lines += [_alternative(peers, s, gains[s], here["on"], base, metric) for s in here["else"]]
         paragraphs.append(" ".join(lines))
-    return "\n\n".join(paragraphs) or f"No setting holds the system {base!r}, so nothing can be compared."
+    said = "\n\n".join(paragraphs) or f"No setting holds the system {base!r}, so nothing can be compared."
+    return f"{NO_VERDICT} {said}" if metric == "reward" else said
 
 
 def _count(number: int, noun: str) -> str:
