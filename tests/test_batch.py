@@ -493,6 +493,7 @@ def test_ctrl_c_ends_with_a_record(folder, number):
         start_new_session=True,
         cwd=folder.parent,
         env={**os.environ, "PYTHONPATH": str(batch.CHECKOUT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not _printed(folder):
