@@ -387,8 +387,8 @@ def _one(plan: Plan, number: str, seed: int, folder: Path, params_dir: Path, wat
 
 
 def _expected(plan: Plan, version: Path, seed: int) -> dict[str, float]:
-    """{number: seconds} for a seed: from the latest finished run of the same kind, else from the profile's tables, else
-    a minute. Another seed than 0 trains its own base model, unless --from brings one."""
+    """{number: seconds} for a seed: from the latest finished run of the same kind and the same settings, else from the
+    profile's tables, else a minute. Another seed than 0 trains its own base model, unless --from brings one."""
 
     def kind(scratch: bool, brought, seed: int) -> str:
         return "from_scratch" if scratch else "own_base" if seed and not brought else ""
@@ -400,12 +400,13 @@ def _expected(plan: Plan, version: Path, seed: int) -> dict[str, float]:
     for name in versions.table(version.parent)["version"]:
         with contextlib.suppress(ValueError, KeyError):
             run = versions.read(version.parent / name)
-            if run["profile"] != plan.request.profile:
+            if run["profile"] != plan.request.profile or run["config"] != plan.payload["config"]:
                 continue
             for key, item in run["notebooks"].items():
                 folder, _, notebook = key.rpartition("/")
                 its = int(folder.removeprefix("seed")) if folder else run["seeds"][0]
-                if item["status"] == "DONE" and kind(run["from_scratch"], run["from"], its) == mine:
+                same = run["overrides"].get(notebook[:2]) == plan.parameters.get(notebook[:2])
+                if same and item["status"] == "DONE" and kind(run["from_scratch"], run["from"], its) == mine:
                     seconds[notebook[:2]] = float(item["seconds"])
     return seconds
 

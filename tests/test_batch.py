@@ -175,6 +175,10 @@ def test_the_estimate_knows_who_trains_an_own_base(folder):
     assert batch._expected(scratch, results / "x", 0)["02"] == batch._expected(scratch, results / "x", 1)["02"] == 4200
     assert cli.main(["run"]) == 0  # measured for seed 0, which says nothing about an own base
     assert batch._expected(plan, results / "x", 0)["02"] < 60 and batch._expected(plan, results / "x", 1)["02"] == 1800
+    longer = batch.make_plan(Request(overrides={"04.steps": "9", "train_clips": "99"}), results=results)
+    assert batch._expected(longer, results / "x", 0)["02"] == 60  # other data: that run says nothing about this one
+    longer = batch.make_plan(Request(overrides={"04.steps": "9"}), results=results)
+    assert batch._expected(longer, results / "x", 0)["02"] < 60 and batch._expected(longer, results / "x", 0)["04"] == 120
 
 
 def test_space_is_asked_for_every_seed_and_where_corpora_go(folder, monkeypatch, capsys):
