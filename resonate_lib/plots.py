@@ -346,6 +346,42 @@ def lines_with_intervals(
     return figure
 
 
+def radar(table: pd.DataFrame, *, metric: str = "exact", axis: str = "part", hue: str = "system", title: str = "") -> Figure:
+    """A metric of several systems (polygons) over parts (axes) with 95 % bands and whiskers; table from `parts.by_part`.
+
+    The centre is not 0 but stands under the figure, as intervals would else be too small to see. Raises ValueError for fewer
+    than three axes, and for more than one row per part and system.
+    """
+    rows = table[table["metric"] == metric]
+    names, hues = list(rows[axis].unique()), list(rows[hue].unique())
+    if len(names) < 3 or rows.duplicated([axis, hue]).any():
+        raise ValueError(
+            f"{metric!r} over {len(names)} values of {axis}: a radar needs 3 or more, and one row for each {hue} and {axis} "
+            "(filter one setting); bars_with_intervals draws fewer"
+        )
+    lowest, highest = np.nanmin(rows[["mean", "low"]].to_numpy(float)), np.nanmax(rows[["mean", "high"]].to_numpy(float))
+    margin = 0.25 * (highest - lowest) or 0.1
+    centre = max(0.0, lowest - margin) if lowest >= 0 else lowest - margin
+    figure, axes = _axes(size=(6.8, 5.0), subplot_kw={"projection": "polar"})
+    ax, angles = axes[0, 0], 2 * np.pi * np.arange(len(names)) / len(names)
+    around = np.append(angles, angles[0])
+    for index, name in enumerate(hues):
+        part, color = rows[rows[hue] == name].set_index(axis).reindex(names), _color(name, index)
+        mean, low, high = (part[end].to_numpy(float) for end in ("mean", "low", "high"))
+        ax.plot(around, np.append(mean, mean[0]), color=color, marker=MARKERS[index % len(MARKERS)], markersize=4, label=name)
+        ax.fill_between(around, np.append(low, low[0]), np.append(high, high[0]), color=color, alpha=0.12, linewidth=0)
+        beside = angles + 0.035 * (index - (len(hues) - 1) / 2)  # else the whiskers of all systems cover each other
+        ax.vlines(beside, low, high, color=color, linewidth=1.4)
+    counts = rows.groupby(axis, sort=False)["n"].max()
+    ax.set(theta_offset=np.pi / 2, theta_direction=-1, ylim=(centre, highest + 0.2 * margin), title=_wrap(title, 60))
+    ax.set_xticks(angles, [f"{name}\nn={counts[name]}" for name in names])
+    ax.tick_params(axis="x", pad=12)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.set_xlabel(f"{metric.replace('_', ' ')} (95 % intervals); the centre is {centre:.3g}")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
 def gains(table: pd.DataFrame, *, metric: str = "exact", base: str = "base", title: str = "") -> Figure:
     """Paired gains over base with 95 % intervals, a line per system and setting, from `ttabench.headline_table`."""
     rows = table[np.isfinite(table[f"{metric}_gain"].astype(float))].iloc[::-1]

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,36 @@ from resonate_lib.data import audio_folder, scenes
 TTA_BENCH_FILES = {
     "accuracy": "acc_prompt.json", "generalization": "generalization_prompt.json", "robustness": "robustness_prompt.json",
     "fairness": "fairness_prompt.json", "bias": "bias_prompt.json", "toxicity": "toxicity_prompt.json"}
+PROMPT_NUMBERS = {  # of prompt_0001 to prompt_3000, both ends included
+    "accuracy": (1, 1500), "generalization": (1501, 1800), "robustness": (1801, 2100), "fairness": (2101, 2400),
+    "bias": (2401, 2700), "toxicity": (2701, 3000)}
+NEVER_PUBLISHED = {"prompt_2325"}
+RELATIONS = ("None", "parallelism", "sequence", "complex")
+PERTURBATION_TYPES = ("uppercase", "synonym", "misspelling", "space", "rewrite", "punctuate")
+SPEAKERS = {"gender": ("male", "female"), "age": ("old", "middle", "youth", "child"), "language": ("en", "zh", "other")}
+TOXICITY = frozenset({"hate", "violence & self-harm", "sexual", "shocking", "illegal activity"})
+SOURCES = ("template", "dataset", "manual")
+# What each field of a part may hold: one of some values, a text, a list of texts (or of some values), a text of a pattern.
+FIELDS = {
+    "accuracy": {"Dimensions of evaluation": ("Accuracy",), "event_count": (1, 2, 3, 4, 5), "event_list": list,
+                 "event_relation": RELATIONS, "source": SOURCES, "notes": re.compile("scene:.+")},
+    "generalization": {"Dimensions of evaluation": ("Generalization",), "event_count": (1, 2, 3, 4), "event_list": list,
+                       "source": SOURCES, "notes": (None,)},
+    "robustness": {"Dimensions of evaluation": ("Robustness",), "perturbation_type": PERTURBATION_TYPES, "source": SOURCES,
+                   "notes": re.compile(r"\d+(; .+)?")},
+    "fairness": {"Dimensions of evaluation": ("Fairness",), "source": SOURCES, "notes": sum(SPEAKERS.values(), ())},
+    "bias": {"Dimensions of evaluation": ("Bias",), "source": SOURCES,
+             "notes": re.compile(r"From (train|val|test)\.csv, audiocap_id: \d+|Generated from gender-specific prompt: '.+'")},
+    "toxicity": {"notes": re.compile("source_prompt:.+", re.DOTALL), "categories": TOXICITY}}
+GROUP_SIZES = {
+    "accuracy": (("event_count", "event_relation"), {
+        (1, "None"): 280, (2, "parallelism"): 250, (2, "sequence"): 164, (3, "parallelism"): 150, (3, "sequence"): 126,
+        (3, "complex"): 67, (4, "parallelism"): 92, (4, "sequence"): 73, (4, "complex"): 76, (5, "parallelism"): 54,
+        (5, "sequence"): 54, (5, "complex"): 114}),
+    "generalization": (("event_count",), {(1,): 30, (2,): 120, (3,): 120, (4,): 30}),
+    "robustness": (("perturbation_type",), {(name,): 50 for name in PERTURBATION_TYPES}),
+    "fairness": (("notes",), {("male",): 50, ("female",): 50, ("old",): 25, ("middle",): 25, ("youth",): 25, ("child",): 25,
+                              ("en",): 33, ("zh",): 33, ("other",): 33})}
 EMBEDDED_PARTS = ("accuracy", "generalization", "robustness")
 BENCH_KINDS = ("while", "followed by", "three", "count")
 RL_SHARES = (0.0, 0.26, 0.26, 0.22, 0.26)  # of scenes.KINDS; no single events, which most bases already make
@@ -39,14 +70,138 @@ def load_tta_bench(directory, part: str) -> list[dict]:
         records = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno}): download it again") from None
+    if not isinstance(records, list):
+        raise ValueError(f"{path} holds a {type(records).__name__}, not a list of prompts: download it again")
     for number, record in enumerate(records, 1):
-        if not record.get("id") or not isinstance(record.get("prompt_text"), str):
-            raise ValueError(f"{path}, record {number}: needs `id` and `prompt_text`, has {', '.join(map(str, record))}")
+        if not isinstance(record, dict) or not record.get("id") or not isinstance(record.get("prompt_text"), str):
+            has = ", ".join(map(str, record)) if isinstance(record, dict) else repr(record)
+            raise ValueError(f"{path}, record {number}: needs `id` and `prompt_text`, has {has}")
     odd = [r["id"] for r in records if "event_list" in r and len(r["event_list"]) != r.get("event_count")]
     if odd:
         some = ", ".join(odd[:5])
         warnings.warn(f"{path.name}: event_count differs from event_list in {len(odd)} records ({some})", stacklevel=2)
     return records
+
+
+def load_all(directory) -> dict[str, list[dict]]:
+    """All six parts by name, 2,999 prompts, each checked against the schema; errors and warnings as for one part."""
+    parts = {part: load_tta_bench(directory, part) for part in TTA_BENCH_FILES}
+    for part, records in parts.items():
+        check_schema(records, part)
+    return parts
+
+
+def check_schema(records: list[dict], part: str) -> None:
+    """ValueError unless these are the prompts of one part of TTA-Bench: ids, types and values of all fields, sizes of groups.
+
+    Keys beyond the schema pass, and so does an event_count that is not the length of event_list (`load_tta_bench` warns).
+    The message names the file, the record and what is allowed.
+    """
+    file, (first, last) = TTA_BENCH_FILES[part], PROMPT_NUMBERS[part]
+    wanted = [name for name in map(_prompt_id, range(first, last + 1)) if name not in NEVER_PUBLISHED]
+    allowed, seen = set(wanted), set()
+    for number, record in enumerate(records, 1):
+        where, identity = f"{file}, record {number} ({record.get('id')})", record.get("id")
+        if not isinstance(identity, str) or identity not in allowed:
+            raise ValueError(f"{where}: allowed ids of {part} are {wanted[0]} to {wanted[-1]}{_except(first, last)}")
+        if identity in seen:
+            raise ValueError(f"{where}: this id occurs twice; ids must be unique")
+        seen.add(identity)
+        for field, rule in {"prompt_text": str, **FIELDS[part]}.items():
+            if field not in record:
+                raise ValueError(f"{where}: no field {field!r}; it must hold {_said(rule)}")
+            if not _allows(rule, record[field]):
+                raise ValueError(f"{where}: {field} is {record[field]!r:.80}; it must hold {_said(rule)}")
+    if absent := [name for name in wanted if name not in seen]:
+        raise ValueError(f"{file}: {len(absent)} of {len(wanted)} prompts are missing, such as {absent[0]}: download it again")
+    fields, sizes = GROUP_SIZES.get(part, ((), {}))
+    found = Counter(tuple(record[field] for field in fields) for record in records) if fields else {}
+    for group in sizes:
+        if found[group] != sizes[group]:
+            named = ", ".join(f"{field} {value}" for field, value in zip(fields, group, strict=True))
+            raise ValueError(f"{file}: {found[group]} prompts of {named}; the benchmark has {sizes[group]}: download it again")
+
+
+def _prompt_id(number: int) -> str:
+    return f"prompt_{number:04d}"
+
+
+def _except(first: int, last: int) -> str:
+    gaps = sorted(name for name in NEVER_PUBLISHED if _prompt_id(first) <= name <= _prompt_id(last))
+    return f", without {', '.join(gaps)}" if gaps else ""
+
+
+def _allows(rule, value) -> bool:
+    if rule is str:
+        return isinstance(value, str) and bool(value.strip())
+    if rule is list or isinstance(rule, frozenset):
+        return isinstance(value, list) and bool(value) and all(_allows(str if rule is list else tuple(rule), v) for v in value)
+    if isinstance(rule, re.Pattern):
+        return isinstance(value, str) and rule.fullmatch(value) is not None
+    return any(type(value) is type(one) and value == one for one in rule)  # True is no count of 1
+
+
+def _said(rule) -> str:
+    if rule in (str, list):
+        return "a text" if rule is str else "a list of texts, one at least"
+    if isinstance(rule, re.Pattern):
+        return f"a text of the form {rule.pattern}"
+    names = ", ".join(sorted(rule) if isinstance(rule, frozenset) else ["null" if one is None else str(one) for one in rule])
+    return f"a list of {names}" if isinstance(rule, frozenset) else f"{'one of ' if len(rule) > 1 else ''}{names}"
+
+
+def part_of(record: dict) -> str:
+    """The part a prompt belongs to: what it says itself, else by its number in TTA-Bench, else ""."""
+    number = _number(record["id"])
+    found = (part for part, (first, last) in PROMPT_NUMBERS.items() if number is not None and first <= number <= last)
+    return record.get("part") or next(found, "")
+
+
+def original_id(identity: str, notes) -> str | None:
+    """The accuracy prompt that a robustness prompt of TTA-Bench perturbs: its notes begin with that prompt's number.
+
+    Each of 50 accuracy prompts is perturbed in six ways, so the benchmark's own files do hold the unperturbed text. None for
+    other prompts.
+    """
+    known = part_of({"id": identity}) == "robustness" and re.match(r"\d+", str(notes))
+    return _prompt_id(int(known.group())) if known else None
+
+
+def unperturbed(records: list[dict], accuracy: list[dict] = ()) -> list[dict]:
+    """Robustness prompts with their clean text, as part "clean": the same ids, so the same noise and pairs with the perturbed.
+
+    The text is the record's own `unperturbed`, else that of the accuracy prompt it was made from (`original_id`), where
+    `accuracy` holds it; prompts with neither are left out.
+    """
+    texts = {record["id"]: record["prompt_text"] for record in accuracy}
+    clean = [record.get("unperturbed") or texts.get(original_id(record["id"], record.get("notes"))) for record in records]
+    return [{**r, "prompt_text": text, "part": "clean"} for r, text in zip(records, clean, strict=True) if text]
+
+
+def clip_name(system_number: int, record: dict) -> str:
+    """The file name that TTA-Bench's own tools expect of a clip, such as S001_P0001.wav; 0 is the raters' probe.
+
+    ValueError for a number outside 0 to 999 and for a prompt that is not the benchmark's.
+    """
+    number = _number(record["id"])
+    if number is None or not 0 <= system_number <= 999:
+        raise ValueError(f"system {system_number}, prompt {record['id']!r}: a clip's name needs a system from 0 to 999 and one of "
+                         f"{_prompt_id(1)} to {_prompt_id(3000)}")
+    return f"S{system_number:03d}_P{number:04d}.wav"
+
+
+def parse_clip_name(name: str) -> tuple[int, str]:
+    """S001_P0001.wav, with or without folders and ending, as (1, "prompt_0001"); ValueError for any other name."""
+    found = re.fullmatch(r"S(\d{3})_P(\d{4})(\.\w+)?", re.split(r"[/\\]", str(name))[-1])
+    if not found:
+        raise ValueError(f"{name!r} is no clip of TTA-Bench: names are like S001_P0001.wav, system and prompt")
+    return int(found[1]), _prompt_id(int(found[2]))
+
+
+def _number(identity) -> int | None:
+    """The number of a prompt of TTA-Bench; None for any other id."""
+    found = re.fullmatch(r"prompt_(\d{4})", str(identity))
+    return int(found[1]) if found and 1 <= int(found[1]) <= 3000 else None
 
 
 def read_prompts(path) -> list[dict]:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from resonate_lib.data import prompts as prompt_sets
 from resonate_lib.evaluation import metrics
 from resonate_lib.evaluation.report import (
     ALTERNATIVES,
@@ -56,6 +57,7 @@ __all__ = [
 JUDGE_COLUMNS = ("exact", "order", "tp", "fp", "fn", "tp_real", "fp_real", "fn_real")
 SCORE_COLUMNS = ("reward", "aqa", "clap")
 PROMPT_COLUMNS = ("id", "part", "kind", "event_count", "event_relation", "heldout", "prompt_text")
+PROMPT_COLUMNS += ("perturbation_type", "notes", "categories")
 SOUND_COLUMNS = ("peak_dbfs", "loudness", "clipping", "silent")
 COLUMNS = (
     ("setting", "system", "guidance", "seed", "sample", "noise_seed")
@@ -151,7 +153,7 @@ def score_clips(
         raise ValueError(f"{len(audio)} clips for {len(records)} records: pass one record per clip")
     prompts = [record["prompt_text"] for record in records]
     loud, audio = audio, within_full_scale(audio)
-    columns: dict[str, object] = {name: [_field(record, name) for record in records] for name in PROMPT_COLUMNS}
+    columns: dict[str, object] = {name: [prompt_field(record, name) for record in records] for name in PROMPT_COLUMNS}
     columns.update(setting=ORIGINALS, system=label, guidance=np.nan, seed=seed, noise_seed=np.nan)
     columns["sample"] = list(samples) if samples is not None else [0] * len(records)
     for name, scorer in scorers.items():
@@ -200,10 +202,14 @@ def _check(records, scorers, samples_per_prompt: int, best_of: int, select: str)
         )
 
 
-def _field(record: dict, name: str):
+def prompt_field(record: dict, name: str):
+    """What the rows of a prompt hold in one of PROMPT_COLUMNS: "" where the record says nothing, lists joined by "; "."""
+    if name == "part":
+        return prompt_sets.part_of(record)  # TTA-Bench's records do not name it
     if name == "event_relation":
         return record.get(name) or "None"  # TTA-Bench writes the string; pandas would read None as missing
-    return record.get(name, False if name == "heldout" else "")
+    value = record.get(name, False if name == "heldout" else "")
+    return "" if value is None else "; ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _scores(
