@@ -352,7 +352,7 @@ def radar(table: pd.DataFrame, *, metric: str = "exact", axis: str = "part", hue
     The centre is not 0 but stands under the figure, as intervals would else be too small to see. Raises ValueError for fewer
     than three axes, and for more than one row per part and system.
     """
-    rows = table[table["metric"] == metric]
+    rows = table[(table["metric"] == metric) & table["mean"].notna()]
     names, hues = list(rows[axis].unique()), list(rows[hue].unique())
     if len(names) < 3 or rows.duplicated([axis, hue]).any():
         raise ValueError(

@@ -148,8 +148,10 @@ def fairness(rows: pd.DataFrame, metric: str, *, n: int = 2000, seed: int = 0) -
 
     The mean over pairs of attributes of 100·|a - b| / max(a, b), a and b their mean `metric` (`ttabench.fairness_score`). Being
     a sum of absolute values it is above 0 even where all attributes are equal: `chance` is its mean when the attributes are
-    dealt at random among the prompts, p the share of such deals with this score or more. The interval resamples the prompts
-    of each attribute; it begins at 0 where p is above 0.05.
+    dealt at random among the prompts, p the share of such deals with this score or more. For the same reason a percentile
+    interval misses small gaps (coverage 0 to 0.8 in simulations). Here it is the upper percentile, the prompts of each attribute
+    resampled, and as far below the score as that is above it; from 0 where p is above 0.05. In simulations of 25 to 50
+    prompts an attribute it covered gaps of 0 to 40 in 0.92 to 0.97 of cases.
     """
     lines = []
     for key, group in _of_part(rows, "fairness").groupby(KEYS, sort=False):
@@ -163,8 +165,8 @@ def fairness(rows: pd.DataFrame, metric: str, *, n: int = 2000, seed: int = 0) -
             gaps = _gaps(_draws(chosen, metric, masks, chosen["id"], chosen["notes"], n=n, seed=seed))
             chance = _gaps(_dealt(chosen, metric, n=n, seed=seed))
             p = (1 + np.sum(chance >= gaps[0] - 1e-9)) / (1 + n)
-            score, low, high = _interval(gaps, min(chosen[mask]["id"].nunique() for mask in masks))
-            low = 0.0 if p > 0.05 and np.isfinite(low) else low
+            score, _, high = _interval(gaps, min(chosen[mask]["id"].nunique() for mask in masks))
+            low = np.nan if np.isnan(high) else 0.0 if p > 0.05 else max(0.0, 2 * score - high)
             counts = _counts(chosen, metric, "id")
             lines.append((*key, speakers, f"{metric}_gap", score, low, high, *counts, float(chance.mean()), float(p)))
     return pd.DataFrame(lines, columns=[*KEYS, "speakers", *metrics.SUMMARY_COLUMNS, "chance", "p"])
