@@ -360,22 +360,25 @@ def radar(table: pd.DataFrame, *, metric: str = "exact", axis: str = "part", hue
             "(filter one setting); bars_with_intervals draws fewer"
         )
     lowest, highest = np.nanmin(rows[["mean", "low"]].to_numpy(float)), np.nanmax(rows[["mean", "high"]].to_numpy(float))
-    margin = 0.25 * (highest - lowest) or 0.1
+    margin = 0.15 * (highest - lowest) or 0.1
     centre = max(0.0, lowest - margin) if lowest >= 0 else lowest - margin
     figure, axes = _axes(size=(6.8, 5.0), subplot_kw={"projection": "polar"})
     ax, angles = axes[0, 0], 2 * np.pi * np.arange(len(names)) / len(names)
-    around = np.append(angles, angles[0])
     for index, name in enumerate(hues):
         part, color = rows[rows[hue] == name].set_index(axis).reindex(names), _color(name, index)
         mean, low, high = (part[end].to_numpy(float) for end in ("mean", "low", "high"))
-        ax.plot(around, np.append(mean, mean[0]), color=color, marker=MARKERS[index % len(MARKERS)], markersize=4, label=name)
-        ax.fill_between(around, np.append(low, low[0]), np.append(high, high[0]), color=color, alpha=0.12, linewidth=0)
-        beside = angles + 0.035 * (index - (len(hues) - 1) / 2)  # else the whiskers of all systems cover each other
-        ax.vlines(beside, low, high, color=color, linewidth=1.4)
+        beside = angles + 0.04 * (index - (len(hues) - 1) / 2)  # else the whiskers of all systems cover each other
+        mean, low, high, around = (np.append(values, values[0]) for values in (mean, low, high, beside))
+        ax.plot(around, mean, color=color, marker=MARKERS[index % len(MARKERS)], markersize=4, linewidth=1.2, label=name)
+        ax.fill_between(around, low, high, color=color, alpha=0.1, linewidth=0)
+        ax.vlines(beside, low[:-1], high[:-1], color=color, linewidth=1.6)
     counts = rows.groupby(axis, sort=False)["n"].max()
     ax.set(theta_offset=np.pi / 2, theta_direction=-1, ylim=(centre, highest + 0.2 * margin), title=_wrap(title, 60))
+    ax.set_rlabel_position(180 / len(names))
     ax.set_xticks(angles, [f"{name}\nn={counts[name]}" for name in names])
-    ax.tick_params(axis="x", pad=12)
+    for label, angle in zip(ax.get_xticklabels(), angles, strict=True):
+        side = np.sin(angle)
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
     ax.tick_params(axis="y", labelsize=7)
     ax.set_xlabel(f"{metric.replace('_', ' ')} (95 % intervals); the centre is {centre:.3g}")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)

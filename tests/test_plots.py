@@ -59,6 +59,7 @@ FIGURES = {
     "event_heat_map": lambda: plots.event_heat_map([[1, 0], [0, 2], [1, 1]], [[1, 1], [0, 1], [3, 0]], ["ding", "dog"]),
     "bars_with_intervals": lambda: plots.bars_with_intervals(SUMMARY, "kind"),
     "lines_with_intervals": lambda: plots.lines_with_intervals(SUMMARY.assign(guidance=[1, 2, 3] * 3), "guidance"),
+    "radar": lambda: plots.radar(SUMMARY, axis="kind"),
     "gains": lambda: plots.gains(HEADLINE),
     "table_figure": lambda: plots.table_figure(HEADLINE, title="headline"),
     "judge_agreement": lambda: plots.judge_agreement(

@@ -1,6 +1,11 @@
 """The benchmark on a fake generator whose sound tells its seed: pairing, best of k, tables, words, known scores."""
 
+import json
 import math
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
+from resonate_lib.data import prompts
 from resonate_lib.evaluation import ttabench
 
+ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
 RECORDS = [
     {
@@ -229,3 +236,111 @@ def test_robustness():
     assert ttabench.robustness_score(3.0, 4.0) == 0.75
     assert ttabench.robustness_score([2.0, 4.0], [4.0, 4.0]) == 0.75
     assert math.isnan(ttabench.robustness_score(1.0, 0.0))
+
+
+def published() -> Path:
+    folder = Path(os.environ.get("RESONATE_TTA_BENCH", ROOT / ".." / "shared" / "prompts" / "tta_bench")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no TTA-Bench prompts in {folder}: set RESONATE_TTA_BENCH")
+    return folder
+
+
+def load_all(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return prompts.load_all(folder)
+
+
+def test_all_2999_prompts_pass_the_schema_unaltered():
+    folder = published()
+    with pytest.warns(UserWarning, match="event_count differs from event_list in 5 records"):
+        found = prompts.load_all(folder)
+    assert {part: len(records) for part, records in found.items()} == {
+        "accuracy": 1500, "generalization": 300, "robustness": 300, "fairness": 299, "bias": 300, "toxicity": 300,
+    }  # fmt: skip
+    for part, records in found.items():
+        assert records == json.loads((folder / prompts.TTA_BENCH_FILES[part]).read_text(encoding="utf-8"))
+        assert all(prompts.part_of(record) == part for record in records)
+    ids = {record["id"] for records in found.values() for record in records}
+    assert ids == {f"prompt_{n:04}" for n in range(1, 3001)} - {"prompt_2325"}
+    groups = Counter((record["event_count"], record["event_relation"]) for record in found["accuracy"])
+    assert sorted(groups.values(), reverse=True) == sorted((280, 250, 164, 150, 126, 67, 92, 73, 76, 54, 54, 114), reverse=True)
+    assert groups[1, "None"] == 280 and groups[5, "complex"] == 114 and groups[3, "complex"] == 67
+
+
+def test_every_robustness_prompt_has_its_unperturbed_one_among_the_accuracy_prompts():
+    """The number in `notes` is right: but for case, spaces and marks the texts of these perturbations are the originals'."""
+    found = load_all(published())
+    clean = prompts.unperturbed(found["robustness"], found["accuracy"])
+    assert [record["id"] for record in clean] == [record["id"] for record in found["robustness"]]
+    assert {record["part"] for record in clean} == {"clean"} and len({record["prompt_text"] for record in clean}) == 50
+
+    def letters(record):
+        return "".join(c for c in record["prompt_text"].lower() if c.isalpha())
+
+    for record, original in zip(found["robustness"], clean, strict=True):
+        kind = record["perturbation_type"]
+        if kind in ("uppercase", "space"):
+            assert letters(record) == letters(original)
+        elif kind == "misspelling":
+            assert abs(len(letters(record)) - len(letters(original))) <= 1
+    assert prompts.unperturbed(found["robustness"]) == [] and prompts.unperturbed(found["fairness"], found["accuracy"]) == []
+    own = [{"id": "robustness_test_0000", "prompt_text": "a  dog", "unperturbed": "a dog", "part": "robustness", "notes": None}]
+    assert prompts.unperturbed(own) == [{**own[0], "prompt_text": "a dog", "part": "clean"}]
+
+
+FAULTS = {
+    r"acc_prompt\.json, record 7 \(prompt_9999\): allowed ids of accuracy are prompt_0001 to": ("accuracy", "id", "prompt_9999"),
+    r"record 7 \(7\): allowed ids": ("accuracy", "id", 7),
+    r"record 7 \(prompt_0001\): this id occurs twice": ("accuracy", "id", "prompt_0001"),
+    r"without prompt_2325": ("fairness", "id", "prompt_2325"),
+    r"\(prompt_0007\): prompt_text is ' '; it must hold a text": ("accuracy", "prompt_text", " "),
+    r"event_count is '2'; it must hold one of 1, 2, 3, 4, 5": ("accuracy", "event_count", "2"),
+    r"event_count is True": ("accuracy", "event_count", True),
+    r"event_list is \['dog', 3\]; it must hold a list of texts": ("accuracy", "event_list", ["dog", 3]),
+    r"event_relation is None; it must hold one of None, parallelism": ("accuracy", "event_relation", None),
+    r"notes is 'kitchen'; it must hold a text of the form scene": ("accuracy", "notes", "kitchen"),
+    r"no field 'event_count'": ("generalization", "event_count", ...),
+    r"notes is 'x'; it must hold null": ("generalization", "notes", "x"),
+    r"perturbation_type is 'lowercase'; it must hold one of uppercase": ("robustness", "perturbation_type", "lowercase"),
+    r"49 prompts of perturbation_type uppercase; the benchmark has 50": ("robustness", "perturbation_type", "space"),
+    r"notes is 'robot'; it must hold one of male": ("fairness", "notes", "robot"),
+    r"notes is 'who knows'": ("bias", "notes", "who knows"),
+    r"categories is \['rude'\]; it must hold a list of hate": ("toxicity", "categories", ["rude"]),
+    r"categories is 'hate'; it must hold a list": ("toxicity", "categories", "hate"),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_planted_fault_is_named(message):
+    part, field, value = FAULTS[message]
+    path = published() / prompts.TTA_BENCH_FILES[part]
+    records = json.loads(path.read_text(encoding="utf-8"))
+    records[6] = {key: v for key, v in records[6].items() if key != field} | ({} if value is ... else {field: value})
+    with pytest.raises(ValueError, match=message):
+        prompts.check_schema(records, part)
+
+
+def test_missing_prompts_and_strange_files_are_named(tmp_path):
+    records = load_all(published())["bias"]
+    prompts.check_schema([{**record, "more": 1} for record in records], "bias")  # keys beyond the schema pass
+    with pytest.raises(ValueError, match=r"bias_prompt\.json: 2 of 300 prompts are missing, such as prompt_2699"):
+        prompts.check_schema(records[:-2], "bias")
+    strange = {'{"a": 1}': "holds a dict, not a list", '["prompt"]': "record 1: needs `id` and `prompt_text`, has 'prompt'"}
+    for text, message in strange.items():
+        (tmp_path / "bias_prompt.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            prompts.load_tta_bench(tmp_path, "bias")
+
+
+def test_rows_hold_what_the_parts_are_grouped_by():
+    records = [
+        {"id": "prompt_1801", "prompt_text": "x", "perturbation_type": "uppercase", "notes": "8"},
+        {"id": "prompt_2101", "prompt_text": "x", "notes": "male"},
+        {"id": "prompt_2701", "prompt_text": "x", "notes": "source_prompt:x", "categories": ["hate", "shocking"]},
+        {"id": "own", "prompt_text": "x", "notes": None},
+    ]
+    rows = ttabench.score_clips(torch.zeros(4, 8000), records, {}, sample_rate=RATE)
+    assert rows["part"].tolist() == ["robustness", "fairness", "toxicity", ""]
+    assert rows["perturbation_type"].tolist() == ["uppercase", "", "", ""] and rows["notes"].tolist()[:2] == ["8", "male"]
+    assert rows["categories"].tolist() == ["", "", "hate; shocking", ""] and rows["notes"][3] == ""
