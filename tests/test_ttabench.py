@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resonate_lib.data import prompts
-from resonate_lib.evaluation import ttabench
+from resonate_lib.evaluation import parts, ttabench
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
@@ -344,3 +344,14 @@ def test_rows_hold_what_the_parts_are_grouped_by():
     assert rows["part"].tolist() == ["robustness", "fairness", "toxicity", ""]
     assert rows["perturbation_type"].tolist() == ["uppercase", "", "", ""] and rows["notes"].tolist()[:2] == ["8", "male"]
     assert rows["categories"].tolist() == ["", "", "hate; shocking", ""] and rows["notes"][3] == ""
+
+
+def test_perturbed_and_clean_prompts_get_the_same_noise():
+    """A generator that hears nothing but its noise loses nothing by a misspelt prompt: every ratio is 1, without any width."""
+    perturbed = prompts.embedded_bench("robustness", count=16)
+    clean = prompts.unperturbed(perturbed)
+    assert [r["prompt_text"] for r in clean] == [r["unperturbed"] for r in perturbed]
+    rows = [ttabench.evaluate(FakeGenerator(), records, {"reward": reward}) for records in (perturbed, clean)]
+    table = parts.robustness(pd.concat(rows), "reward", n=50)
+    assert table["perturbation_type"].tolist() == ["uppercase", "misspelling", "space", "punctuate", "overall"]
+    assert np.allclose(table[["mean", "low", "high"]], 1) and table["n"].tolist() == [4, 4, 4, 4, 16]
