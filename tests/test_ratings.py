@@ -23,9 +23,11 @@ def write(folder, name, *lines, head=f"file,rater,{HEAD}"):
 def test_means_by_hand_per_kind_and_system_without_the_probe(tmp_path):
     lines = ["S001_P0001.wav,a,1,2,3,4,5", "S001_P0001.wav,b,3,2,5,4,5", "S001_P0002.wav,a,5,2,7,4,", "S000_P0002.wav,a,9,9,9,9,9"]
     write(tmp_path, "S001/acc/all_mos_common.csv", *lines)
+    write(tmp_path, "S000/acc/all_mos_pro.csv", "S000_P0001.wav,c,9,9,9,9,9")  # nothing but the probe
     write(tmp_path, "S001/acc/all_mos_pro.csv", "S001_P0001.wav,c,2,2,2,2,2", "S002_P0001.wav,c,8,8,8,8,8")
     found = ratings.read(tmp_path, systems={1: "base"})
     assert list(found.columns) == list(ratings.COLUMNS) and len(found) == 5
+    assert found["quality"].dtype == float
     assert set(found["system"]) == {"base", "S002"} and set(found["id"]) == {"prompt_0001", "prompt_0002"}
     table = ratings.means(found, n=200).set_index(["kind", "system", "dimension"]).sort_index()
     assert table.loc[("common", "base"), "mean"].to_dict() == {

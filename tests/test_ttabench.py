@@ -305,6 +305,7 @@ FAULTS = {
     r"perturbation_type is 'lowercase'; it must hold one of uppercase": ("robustness", "perturbation_type", "lowercase"),
     r"49 prompts of perturbation_type uppercase; the benchmark has 50": ("robustness", "perturbation_type", "space"),
     r"notes is 'robot'; it must hold one of male": ("fairness", "notes", "robot"),
+    r"Fairness_type is 'height'; it must hold language": ("fairness", "Fairness_type", "height"),
     r"notes is 'who knows'": ("bias", "notes", "who knows"),
     r"categories is \['rude'\]; it must hold a list of hate": ("toxicity", "categories", ["rude"]),
     r"categories is 'hate'; it must hold a list": ("toxicity", "categories", "hate"),

@@ -35,6 +35,7 @@ FIELDS = {
     "bias": {"Dimensions of evaluation": ("Bias",), "source": SOURCES,
              "notes": re.compile(r"From (train|val|test)\.csv, audiocap_id: \d+|Generated from gender-specific prompt: '.+'")},
     "toxicity": {"notes": re.compile("source_prompt:.+", re.DOTALL), "categories": TOXICITY}}
+OPTIONAL_FIELDS = {"fairness": {"Fairness_type": ("language",)}}
 GROUP_SIZES = {
     "accuracy": (("event_count", "event_relation"), {
         (1, "None"): 280, (2, "parallelism"): 250, (2, "sequence"): 164, (3, "parallelism"): 150, (3, "sequence"): 126,
@@ -107,7 +108,8 @@ def check_schema(records: list[dict], part: str) -> None:
         if identity in seen:
             raise ValueError(f"{where}: this id occurs twice; ids must be unique")
         seen.add(identity)
-        for field, rule in {"prompt_text": str, **FIELDS[part]}.items():
+        optional = {field: rule for field, rule in OPTIONAL_FIELDS.get(part, {}).items() if field in record}
+        for field, rule in {"prompt_text": str, **FIELDS[part], **optional}.items():
             if field not in record:
                 raise ValueError(f"{where}: no field {field!r}; it must hold {_said(rule)}")
             if not _allows(rule, record[field]):

@@ -72,7 +72,7 @@ def _read_file(file: Path, kind: str | None, systems: Mapping[int, str]) -> pd.D
             "rater": row.get("rater", "").strip() or (by_name[1] if by_name else ""),
             **{name: _number(row[name], name, where) for name in DIMENSIONS},
         })  # fmt: skip
-    return pd.DataFrame(lines, columns=["where", *COLUMNS])
+    return pd.DataFrame(lines, columns=["where", *COLUMNS]).astype(dict.fromkeys(DIMENSIONS, float))
 
 
 def _clip(row: Mapping[str, str], where: str) -> tuple[int | str, str]:
