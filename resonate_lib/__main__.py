@@ -38,8 +38,11 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, default=25)
     what = "folder of a generator that the suite saved; or a folder, file or hub id of published weights (default: shipped)"
     generate.add_argument("--weights", help=what)
-    results = commands.add_parser("results", help="list versions; two names: compare them")
-    results.add_argument("versions", nargs="*", metavar="VERSION")
+    results = commands.add_parser("results", help="list versions; compare A B [C ...]: how others differ from A, with intervals")
+    results.add_argument("versions", nargs="*", metavar="VERSION", help="number, name or folder; one: its notebooks")
+    form = results.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="tables for a README or an issue")
+    form.add_argument("--latex", action="store_true", help="tables for a paper (package booktabs)")
     listen = commands.add_parser("listen", help="open a version's listen.html; with answers: how often who was preferred")
     listen.add_argument("version", nargs="?", default="latest")
     doctor = commands.add_parser("doctor", help="what this machine can run, and how to mend what it cannot")
@@ -164,15 +167,17 @@ def generate_command(options: argparse.Namespace) -> int:
 
 
 def results_command(options: argparse.Namespace) -> int:
-    """No name: all versions. One: its notebooks. Two: their differences."""
+    """No name: all versions. One: its notebooks. Two or more, with or without `compare`: how the others differ from the first."""
     from resonate_lib import versions
+    from resonate_lib.evaluation import tables
 
-    if len(options.versions) > 2:
-        raise ValueError(f"{len(options.versions)} versions: name one to see it, or two to compare them")
-    if len(options.versions) == 2:
-        for name, table in versions.compare(*options.versions).items():
-            print(f"\n{name}: {'no difference' if table.empty else ''}")
-            print(table.to_string(index=False) if len(table) else "", end="\n" if len(table) else "")
+    show = tables.to_markdown if options.markdown else tables.to_latex if options.latex else _plain
+    if options.versions[:1] == ["compare"] or len(options.versions) > 1:
+        from resonate_lib.evaluation import across
+
+        for title, table in across.sections(options.versions[options.versions[0] == "compare" :]):
+            print(f"\n{'% ' if options.latex else ''}{title}{':' if len(table) else ': none'}\n")
+            print(show(table) if len(table) else "", end="")
         return 0
     if options.versions:
         folder = versions.find(options.versions[0])
@@ -185,8 +190,12 @@ def results_command(options: argparse.Namespace) -> int:
             )
         return 0
     table = versions.table()
-    print(table.to_string(index=False) if len(table) else "no versions yet: python -m resonate_lib run")
+    print(show(table) if len(table) else "no versions yet: python -m resonate_lib run\n", end="")
     return 0
+
+
+def _plain(table) -> str:
+    return table.to_string(index=False) + "\n"
 
 
 def listen_command(options: argparse.Namespace) -> int:

@@ -294,7 +294,7 @@ def _summarise(plan: Plan, version: Path) -> None:
     if not any(version.glob("seed*/metrics/tta_rows.csv")):
         return
     from resonate_lib import plots  # torch is only loaded where it is needed
-    from resonate_lib.evaluation import suite
+    from resonate_lib.evaluation import metrics, report, suite
 
     settings = {**plan.payload["config"]["eval"], **plan.parameters.get("06", {})}
     tables, said = suite.over_seeds(version, n=settings["bootstrap"])
@@ -302,6 +302,9 @@ def _summarise(plan: Plan, version: Path) -> None:
         runs.write_table(version / "metrics", name, table)
     table = tables["tta_headline"]
     runs.write_table(version / "metrics", "tta_words", {"words": said})
+    shown = report.readable(table, [name for name in metrics.HEADLINE if name in table][:3])
+    for ending, text in (("md", report.to_markdown(shown)), ("tex", report.to_latex(shown))):
+        record.atomic_write(version / "metrics" / f"tta_headline.{ending}", text)
     title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds"
     plots.save(plots.gains(table, title=title), version / "figures" / "tta_gains.png")
 

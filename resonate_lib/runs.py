@@ -290,6 +290,10 @@ class Run:
         written."""
         return write_table(self.metrics, name, content)
 
+    def write_text(self, name: str, text: str) -> Path:
+        """Write text to `metrics/<name>` (such as a table as Markdown, `tta_headline.md`); returns its path."""
+        return record.atomic_write(self.metrics / name, text)
+
 
 def open_run(run: str | os.PathLike | None = None, *, profile: str = "tiny", seed: int = 0) -> Run:
     """The folder this notebook writes to: `run` (a path), else RESONATE_RUN, else the scratch folder.

@@ -20,7 +20,7 @@ from resonate_lib.config import CHECKOUT, unknown
 
 NAME = re.compile(r"(\d{4,})-(.+)-([0-9a-f]{8})$")
 OPEN = ("RUNNING", "FAILED", "INTERRUPTED")  # what --resume may continue
-NO_MEAN = re.compile(r"(.+_)?(low|high)|seeds")  # ends of an interval, of which a mean is no interval; counts of seeds
+NO_MEAN = re.compile(r"(.+_)?(low|high|p|p_holm)|seeds")  # a mean of intervals' ends or of p values is none; counts of seeds
 IDENTIFIERS = ("seed", "noise_seed", "guidance")  # stay where all seeds agree
 UNHASHED = ("run.json", "answers", ".state", ".reserve")  # the record itself, listeners' answers, working files
 
@@ -144,13 +144,7 @@ def compare(
     """
     paths = [find(version, results) for version in (first, second)]
     runs = [read(path) for path in paths]
-    flat = [_flatten(run.get("config", {})) for run in runs]
-    keys = [key for key in {**flat[0], **flat[1]} if flat[0].get(key) != flat[1].get(key)]
-    out = {
-        "config": pd.DataFrame(
-            [{"name": key, "a": flat[0].get(key), "b": flat[1].get(key)} for key in keys], columns=["name", "a", "b"]
-        )
-    }
+    out = {"config": differences(dict(zip("ab", runs, strict=True)))}
     seconds = [{key: item.get("seconds") for key, item in run.get("notebooks", {}).items()} for run in runs]
     out["time"] = pd.DataFrame(
         [{"notebook": key, "a": seconds[0].get(key), "b": seconds[1].get(key)} for key in {**seconds[0], **seconds[1]}],
@@ -163,18 +157,38 @@ def compare(
     return out
 
 
+def differences(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """What differs between the configurations of some records (run.json), by name: a line per value, a column per record."""
+    flat = {name: _flatten(run.get("config", {})) for name, run in runs.items()}
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    lines = [{"name": key, **{name: values.get(key) for name, values in flat.items()}} for key in keys]
+    changed = [line for line in lines if any(line[name] != line[next(iter(flat))] for name in flat)]
+    return pd.DataFrame(changed, columns=["name", *flat], dtype=object)
+
+
 def read_table(path: Path) -> pd.DataFrame:
     """A metrics file as `runs.write_table` wrote it: an empty cell is missing, the text "None" is text."""
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def read_rows(version: str | os.PathLike, name: str = "tta_rows") -> pd.DataFrame:
+    """The rows of `metrics/<name>.csv` over all seeds of a version, in order of seed; FileNotFoundError where there are none."""
+    folder = Path(version)
+    folders = sorted(folder.glob("seed*"), key=lambda path: int(path.name[4:]) if path.name[4:].isdigit() else -1)
+    paths = [path / "metrics" / f"{name}.csv" for path in (*folders, folder)]
+    tables = [read_table(path) for path in paths if path.is_file()]
+    if not tables:
+        raise FileNotFoundError(f"no {name}.csv in {folder}: run notebook 06 first")
+    return pd.concat(tables, ignore_index=True)
 
 
 def summarise(version: Path) -> list[str]:
     """Gather `seed*/metrics/*.csv` into `metrics/` at the version's top; returns the names written.
 
     Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n -
-    1), and a column `seeds` counts them; ends of intervals (`low`, `high`, `*_low`, `*_high`) are left out, and so is
-    an identifier that differs. Other tables are put one under another with a first column `seed`. Tables of single
-    clips (a column `id`) stay with their seeds.
+    1), and a column `seeds` counts them; ends of intervals (`low`, `high`, `*_low`, `*_high`) and p values (`p`, `*_p`,
+    `*_p_holm`) are left out, and so is an identifier that differs. Other tables are put one under another with a first
+    column `seed`. Tables of single clips (a column `id`) stay with their seeds.
     """
     from resonate_lib.runs import write_table
 

@@ -1,17 +1,41 @@
 """What the benchmark's rows say: the headline table with paired gains, breakdowns, sentences from the intervals.
 
 Rows come from `ttabench.evaluate` and `ttabench.score_clips`; metrics and their intervals live in `metrics.py` and
-`stats.py`. Nothing here is hard coded: other rows give other sentences.
+`stats.py`, text for eyes, Markdown and LaTeX in `tables.py`. Nothing here is hard coded: other rows give other sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from resonate_lib.evaluation import metrics, stats
+from resonate_lib.evaluation.tables import to_latex, to_markdown, with_intervals
+
+__all__ = [
+    "ALTERNATIVES",
+    "BASE",
+    "NO_VERDICT",
+    "OFFLINE",
+    "ONLINE",
+    "ORIGINALS",
+    "Claim",
+    "by_count_and_relation",
+    "by_kind",
+    "compared",
+    "corrected",
+    "headline_table",
+    "paired",
+    "power_note",
+    "readable",
+    "to_latex",
+    "to_markdown",
+    "with_intervals",
+    "words",
+]  # what writes tables belongs to them, so it is reached from here too
 
 PAIR = ["setting", "seed", "id", "sample"]
 BASE, OFFLINE, ONLINE = "base", ("DPO",), ("GRPO (CLAP)", "GRPO (LALM)", "NFT")
@@ -24,6 +48,13 @@ def paired(
     rows: pd.DataFrame, a: str, b: str, *, metric: str = "exact", n: int = 2000, seed: int = 0
 ) -> stats.Interval:
     """System a minus system b in one setting, paired by seed, prompt and sample, with a 95 % interval."""
+    return compared(rows, a, b, metric=metric, n=n, seed=seed).gain
+
+
+def compared(
+    rows: pd.DataFrame, a: str, b: str, *, metric: str = "exact", n: int = 2000, seed: int = 0
+) -> stats.Comparison:
+    """System a against system b in one setting, paired by seed, prompt and sample. ValueError where they share no clip."""
     sides = [rows[rows["system"] == system].set_index(PAIR) for system in (a, b)]
     for system, side in zip((a, b), sides, strict=True):
         if not side.index.is_unique:
@@ -36,9 +67,33 @@ def paired(
             f"{a!r} and {b!r} share {len(common)} clips: pass rows of one setting, with the same prompts and seeds"
         )
     left, right = (side.loc[common].reset_index() for side in sides)
-    return stats.paired_ratio(
+    return stats.compare(
         *metrics.parts(left, metric), *metrics.parts(right, metric), left["id"], left["seed"], n=n, seed=seed
     )
+
+
+class Claim(NamedTuple):
+    """A comparison and its p after Holm's correction over the family it was made in."""
+
+    found: stats.Comparison
+    p: float
+
+    @property
+    def side(self) -> int:
+        """1: a is shown to be better, -1: worse, 0: nothing is shown.
+
+        Shown is what leaves 0 out of the bootstrap interval, has a corrected p below 0.05, and, with several seeds, leaves 0 out
+        of Student's interval over them as well: the bootstrap of three to five seeds is too narrow (see `stats`).
+        """
+        over_seeds = not np.isfinite(self.found.t.low) or self.found.t.excludes_zero
+        shown = self.found.gain.excludes_zero and self.p < 0.05 and over_seeds
+        return int(np.sign(self.found.gain.mean)) if shown else 0
+
+
+def corrected(found: dict) -> dict:
+    """`Claim`s of a family of comparisons, by their keys."""
+    p_values = stats.holm([comparison.p for comparison in found.values()])
+    return {key: Claim(comparison, float(p)) for (key, comparison), p in zip(found.items(), p_values, strict=True)}
 
 
 def headline_table(
@@ -46,31 +101,33 @@ def headline_table(
 ) -> pd.DataFrame:
     """One line per setting and system: each metric with its 95 % interval, and the paired gain over `base`.
 
-    Columns: setting, system, guidance, prompts, clips, seeds, then for each metric m: m, m_low, m_high, m_gain,
-    m_gain_low, m_gain_high (gain nan for base itself and for originals). guidance is the mean over seeds where each
-    seed has its own best one.
+    Columns: setting, system, guidance, prompts, clips, seeds, then for each metric m: m, m_low, m_high, and of the gain (nan for
+    base itself and for originals) m_gain, m_gain_low, m_gain_high, m_p, m_p_holm (over all gains of the setting in this
+    metric), m_effect (gain over the deviation of the prompts' differences), m_t, m_t_low, m_t_high (Student's interval over the
+    seeds' gains, nan with one seed). guidance is the mean over seeds where each seed has its own best one.
     """
     lines = []
-    for (setting, system), group in rows.groupby(["setting", "system"], sort=False):
-        line = {
-            "setting": setting,
-            "system": system,
-            "guidance": group["guidance"].mean(),
-            "prompts": group["id"].nunique(),
-            "clips": len(group),
-            "seeds": group["seed"].nunique(),
+    for setting, peers in rows.groupby("setting", sort=False):
+        systems = list(peers["system"].unique())
+        others = [system for system in systems if system != base and base in systems]
+        claims = {
+            name: corrected({system: compared(peers, system, base, metric=name, n=n, seed=seed) for system in others})
+            for name in names
         }
-        peers = rows[rows["setting"] == setting]
-        for name in names:
-            line.update(
-                zip((name, f"{name}_low", f"{name}_high"), metrics.measure(group, name, n=n, seed=seed), strict=True)
-            )
-            gain = stats.Interval(np.nan, np.nan, np.nan)
-            if system != base and base in set(peers["system"]):
-                gain = paired(peers, system, base, metric=name, n=n, seed=seed)
-            line.update(zip((f"{name}_gain", f"{name}_gain_low", f"{name}_gain_high"), gain, strict=True))
-        lines.append(line)
+        for system, group in peers.groupby("system", sort=False):
+            line = {"setting": setting, "system": system, "guidance": group["guidance"].mean()}
+            line |= {"prompts": group["id"].nunique(), "clips": len(group), "seeds": group["seed"].nunique()}
+            for name in names:
+                line |= metrics.measure(group, name, n=n, seed=seed).columns(name) | _gain(name, claims[name].get(system))
+            lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _gain(name: str, claim: Claim | None) -> dict[str, float]:
+    nothing = stats.Interval(np.nan, np.nan, np.nan)
+    found, p = claim or (stats.Comparison(nothing, np.nan, np.nan, nothing, 0, 0, np.nan), np.nan)
+    line = found.gain.columns(f"{name}_gain") | {f"{name}_p": found.p, f"{name}_p_holm": p, f"{name}_effect": found.effect}
+    return line | found.t.columns(f"{name}_t")
 
 
 def by_count_and_relation(
@@ -88,19 +145,20 @@ def by_kind(
 
 
 def readable(table: pd.DataFrame, names: Sequence[str] = metrics.HEADLINE) -> pd.DataFrame:
-    """The headline table as text for the eye: "0.52 [0.48, 0.56]" and, for gains, "+0.08 [+0.03, +0.13]"."""
+    """The headline table as text for the eye: "0.52 [0.48, 0.56]" and, for gains, "+0.08 [+0.03, +0.13]".
 
-    def cell(line, name: str, sign: str) -> str:
-        values = [line[name], line[f"{name}_low"], line[f"{name}_high"]]
-        if not np.isfinite(values[0]):
-            return "–"
-        ends = ", ".join(f"{v:{sign}.3f}" for v in values[1:]) if np.isfinite(values[1]) else "no interval"
-        return f"{values[0]:{sign}.3f} [{ends}]"
-
+    Of every metric m the columns m, "m gain", "m p" (after Holm), "m effect", and with several seeds "m gain over seeds" (t).
+    """
+    ends = [f"{name}{part}{end}" for name in names for part in ("", "_gain", "_t") for end in ("", "_low", "_high")]
+    few = table.drop(columns=[name for name in table.columns if name not in ends])
+    texts = with_intervals(few, signed=[f"{name}{part}" for name in names for part in ("_gain", "_t")])
     shown = table[["setting", "system", "prompts", "clips", "seeds"]].copy()
     for name in names:
-        shown[name] = [cell(line, name, "") for _, line in table.iterrows()]
-        shown[f"{name} gain"] = [cell(line, f"{name}_gain", "+") for _, line in table.iterrows()]
+        shown[name], shown[f"{name} gain"] = texts[name], texts[f"{name}_gain"]
+        shown[f"{name} p"] = [p_text(p) for p in table[f"{name}_p_holm"].astype(float)]
+        shown[f"{name} effect"] = [effect_text(value) for value in table[f"{name}_effect"].astype(float)]
+        if table[f"{name}_t_low"].notna().any():
+            shown[f"{name} gain over seeds"] = texts[f"{name}_t"]
     return shown
 
 
@@ -115,67 +173,104 @@ def words(
 ) -> str:
     """What the rows show, per setting: gains over base, online against offline, and what the same time buys otherwise.
 
-    Everything comes from the paired 95 % intervals of `metric`; a system that is absent from the rows is not mentioned.
+    Everything comes from paired comparisons of `metric`; what counts as shown is `Claim.side`, corrected over all comparisons of
+    a setting. A system that is absent from the rows is not mentioned.
     """
     paragraphs = []
     for setting, peers in rows.groupby("setting", sort=False):
         present = set(peers["system"])
         if base not in present or setting == ORIGINALS:
             continue
-        here = {
-            key: [s for s in group if s in present]
-            for key, group in (("off", offline), ("on", online), ("else", alternatives))
-        }
-        gains = {s: paired(peers, s, base, metric=metric) for s in here["off"] + here["on"] + here["else"]}
+        off, on, other = ([s for s in group if s in present] for group in (offline, online, alternatives))
+        pairs = [(s, base) for s in (*off, *on, *other)] + [(a, b) for a in on for b in (*off, *other)]
+        claims = corrected({pair: compared(peers, *pair, metric=metric) for pair in pairs})
         seeds, prompts = peers["seed"].nunique(), peers["id"].nunique()
         lines = [
-            f"At {setting} ({prompts} prompts, {_count(seeds, 'seed')}, {metric}, paired 95 % intervals, in points):"
+            f"At {setting} ({prompts} prompts, {_count(seeds, 'seed')}, {metric}, paired 95 % intervals, in points):",
+            *([_rule(len(pairs), seeds)] if pairs else []),
         ]
-        lines += [f"{s} {_against(gains[s], base)}." for s in here["off"] + here["on"]]
-        lines += _online_against(peers, here, metric)
-        lines += [_alternative(peers, s, gains[s], here["on"], base, metric) for s in here["else"]]
+        lines += [f"{s} {_against(claims[s, base], base)}." for s in (*off, *on)]
+        versus = {(a, b): claims[a, b] for a in on for b in off}
+        lines += [f"{a} {_against(claim, b)}." for (a, b), claim in versus.items()] + _verdict(versus.values())
+        for s in other:
+            against = [f"{a} {_against(claims[a, s], 'it')}" for a in on]
+            lines.append("; ".join([f"Of the alternatives, {s} {_against(claims[s, base], base)}", *against]) + ".")
         paragraphs.append(" ".join(lines))
     said = "\n\n".join(paragraphs) or f"No setting holds the system {base!r}, so nothing can be compared."
     return f"{NO_VERDICT} {said}" if metric == "reward" else said
+
+
+def power_note(rows: pd.DataFrame, metric: str = "exact", *, base: str = BASE, difference: float = 0.05) -> str:
+    """A sentence: which paired difference these prompts can show, and how many prompts `difference` needs (power 80 %).
+
+    The deviation of the prompts' differences is the median over systems against `base` in all settings.
+    """
+    found = []
+    for setting, peers in rows.groupby("setting", sort=False):
+        others = [system for system in peers["system"].unique() if system != base]
+        if setting != ORIGINALS and len(others) < peers["system"].nunique():
+            found += [compared(peers, system, base, metric=metric, n=2) for system in others]
+    found = [comparison for comparison in found if comparison.deviation > 0]
+    if not found:
+        return f"No system differs from {base} on two prompts, so nothing can be said about power."
+    deviation, prompts = float(np.median([c.deviation for c in found])), max(c.prompts for c in found)
+    shown, needed = 100 * stats.detectable(deviation, prompts), stats.prompts_needed(deviation, difference)
+    more = " More prompts tell nothing about other training seeds: that takes seeds." if max(c.seeds for c in found) > 1 else ""
+    return (
+        f"With these {prompts} prompts a difference of {shown:.1f} points in {metric} can be shown; {100 * difference:.1f} points "
+        f"need {needed} prompts (one paired comparison, power 80 %, deviation {100 * deviation:.1f} points a prompt).{more}"
+    )
+
+
+def p_text(p: float) -> str:
+    """A p value for the eye: three decimals, "<0.001", "–" where there is none."""
+    return "–" if not np.isfinite(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def effect_text(effect: float) -> str:
+    """An effect size for the eye: two decimals with its sign, "–" where there is none."""
+    return f"{effect:+.2f}" if np.isfinite(effect) else "–"
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _points(value: stats.Interval) -> str:
-    ends = f"{100 * value.low:+.1f} to {100 * value.high:+.1f}" if np.isfinite(value.low) else "no interval"
-    return f"{100 * value.mean:+.1f} ({ends})"
+def _rule(comparisons: int, seeds: int) -> str:
+    over = ", and Student's interval over the seeds (t) clear of 0 too" if seeds > 1 else ""
+    return (
+        f"A difference counts as shown with an interval clear of 0 and p < 0.05 after Holm's correction over the "
+        f"{_count(comparisons, 'comparison')} here{over}."
+    )
 
 
-def _against(value: stats.Interval, other: str) -> str:
-    if not value.excludes_zero:
-        return f"is not shown to differ from {other}: {_points(value)}"
-    return f"{'beats' if value.mean > 0 else 'falls behind'} {other}: {_points(value)}"
+def _points(claim: Claim) -> str:
+    gain, t = claim.found.gain, claim.found.t
+    if not np.isfinite(gain.low):
+        return f"{100 * gain.mean:+.1f} (no interval)"
+    ends = f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+    over = f"; t {100 * t.low:+.1f} to {100 * t.high:+.1f}" if np.isfinite(t.low) else ""
+    p = p_text(claim.p)
+    return f"{100 * gain.mean:+.1f} ({ends}{over}; p {p if p.startswith('<') else f'= {p}'})"
 
 
-def _online_against(peers: pd.DataFrame, here: dict, metric: str) -> list[str]:
-    """Each online system against each offline one, then the verdict."""
-    found = [(on, off, paired(peers, on, off, metric=metric)) for on in here["on"] for off in here["off"]]
-    if not found:
+def _against(claim: Claim, other: str) -> str:
+    if not claim.side:
+        return f"is not shown to differ from {other}: {_points(claim)}"
+    return f"{'beats' if claim.side > 0 else 'falls behind'} {other}: {_points(claim)}"
+
+
+def _verdict(claims: Iterable[Claim]) -> list[str]:
+    """Online systems against offline ones, in a sentence; none without a comparison."""
+    sides = [claim.side for claim in claims]
+    if not sides:
         return []
-    ahead = sum(value.excludes_zero and value.mean > 0 for _, _, value in found)
-    behind = sum(value.excludes_zero and value.mean < 0 for _, _, value in found)
-    if ahead == len(found):
-        verdict = "So online beats offline here."
-    elif ahead == 0 and behind == 0:
-        verdict = "So these numbers do not show that online beats offline, nor the reverse."
-    elif ahead == 0:
-        verdict = (
-            f"So online does not beat offline here: offline is ahead in {behind} of {_count(len(found), 'comparison')}."
-        )
-    else:
-        verdict = f"So online beats offline in {ahead} of {_count(len(found), 'comparison')}" + (
-            f" and falls behind in {behind}." if behind else "; the rest show no difference."
-        )
-    return [f"{on} {_against(value, off)}." for on, off, value in found] + [verdict]
-
-
-def _alternative(peers, system: str, gain: stats.Interval, online: Sequence[str], base: str, metric: str) -> str:
-    against = [f"{on} {_against(paired(peers, on, system, metric=metric), 'it')}" for on in online]
-    return "; ".join([f"Of the alternatives, {system} {_against(gain, base)}", *against]) + "."
+    ahead, behind, made = sides.count(1), sides.count(-1), _count(len(sides), "comparison")
+    if ahead == len(sides):
+        return ["So online beats offline here."]
+    if ahead == 0 and behind == 0:
+        return ["So these numbers do not show that online beats offline, nor the reverse."]
+    if ahead == 0:
+        return [f"So online does not beat offline here: offline is ahead in {behind} of {made}."]
+    rest = f" and falls behind in {behind}." if behind else "; the rest show no difference."
+    return [f"So online beats offline in {ahead} of {made}{rest}"]

@@ -8,10 +8,13 @@ run.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats as scipy_stats
+
+from resonate_lib.evaluation.resampling import divide, finite, paired_tables, prompt_scores, rates_by_seed, resampled, sum_tables
 
 NAN = float("nan")
 
@@ -28,8 +31,29 @@ class Interval(NamedTuple):
         """Whether the whole interval lies on one side of 0."""
         return bool(self.low > 0 or self.high < 0)
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The three numbers as a table has them: name, name_low, name_high."""
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Comparison(NamedTuple):
+    """System a against system b on one metric: everything a table or a claim needs.
+
+    gain: a - b with its bootstrap interval over prompts and seeds. p: two-sided, from the same resamples, so below 0.05 where
+    the 95 % interval leaves 0 out. effect: gain / deviation. t: Student's interval over the seeds' gains, nan with one seed.
+    deviation: of the prompts' differences, each the mean over its samples and seeds.
+    """
+
+    gain: Interval
+    p: float
+    effect: float
+    t: Interval
+    prompts: int
+    seeds: int
+    deviation: float
 
 
 def bootstrap_mean(
@@ -49,11 +73,10 @@ def bootstrap_ratio(
     numerator, denominator, groups=None, *, seeds=None, n: int = 2000, seed: int = 0, confidence: float = 0.95
 ) -> Interval:
     """sum(numerator) / sum(denominator), both (M,), with the same bootstrap: micro F1 is 2·tp over 2·tp + fp + fn."""
-    top, bottom = _finite(numerator, denominator)
-    tops, bottoms = _tables((top, bottom), groups, seeds)
-    prompts, levels = _weights(*tops.shape, n=n, seed=seed)
-    samples = _divide(_apply(prompts, levels, tops), _apply(prompts, levels, bottoms))
-    return _interval(_divide(tops.sum(), bottoms.sum()), samples, tops.shape[0], confidence)
+    top, bottom = finite(numerator, denominator)
+    tops, bottoms = sum_tables((top, bottom), groups, seeds)
+    samples = divide(*resampled((tops, bottoms), n=n, seed=seed))
+    return _interval(divide(tops.sum(), bottoms.sum()), samples, tops.shape[0], confidence)
 
 
 def paired_bootstrap(
@@ -73,16 +96,105 @@ def paired_ratio(
     top_a, bottom_a, top_b, bottom_b, groups=None, seeds=None, *, n: int = 2000, seed: int = 0, confidence: float = 0.95
 ) -> Interval:
     """Difference of two ratios of sums, a - b, over the same resampled prompts and seeds; all inputs (M,)."""
-    parts = (*_finite(top_a, bottom_a), *_finite(top_b, bottom_b))
-    if len({len(part) for part in parts}) != 1:
-        raise ValueError(f"paired values of lengths {[len(p) for p in parts]}: pass one value of each side per pair")
-    tables = _tables(parts, groups, seeds)
-    prompts, levels = _weights(*tables[0].shape, n=n, seed=seed)
-    sums = [_apply(prompts, levels, table) for table in tables]
+    return compare(top_a, bottom_a, top_b, bottom_b, groups, seeds, n=n, seed=seed, confidence=confidence).gain
+
+
+def paired_quotient(
+    top_a, bottom_a, top_b, bottom_b, groups=None, seeds=None, *, n: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> Interval:
+    """One ratio of sums over another, a / b, over the same resampled prompts and seeds; all inputs (M,); nan where b is 0."""
+    tables = paired_tables(top_a, bottom_a, top_b, bottom_b, groups, seeds)
+    sums = resampled(tables, n=n, seed=seed)
     totals = [table.sum() for table in tables]
-    point = _divide(totals[0], totals[1]) - _divide(totals[2], totals[3])
-    samples = _divide(sums[0], sums[1]) - _divide(sums[2], sums[3])
+    point = divide(divide(*totals[:2]), divide(*totals[2:]))
+    samples = divide(divide(*sums[:2]), divide(*sums[2:]))
     return _interval(point, samples, tables[0].shape[0], confidence)
+
+
+def compare(
+    top_a, bottom_a, top_b, bottom_b, groups=None, seeds=None, *, n: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> Comparison:
+    """Two ratios of sums over the same prompts and noise, a - b; all inputs (M,), a mean has ones below.
+
+    groups, seeds: as in `bootstrap_mean`; both sides of a pair share their prompt, so its difficulty cancels. p is never below
+    2 / (n + 1), so with m comparisons n must be above 40 m for any of them to pass `holm` at 0.05.
+    """
+    tables = paired_tables(top_a, bottom_a, top_b, bottom_b, groups, seeds)
+    sums = resampled(tables, n=n, seed=seed)
+    prompts = tables[0].shape[0]
+    point = divide(tables[0].sum(), tables[1].sum()) - divide(tables[2].sum(), tables[3].sum())
+    samples = divide(sums[0], sums[1]) - divide(sums[2], sums[3])
+    scores = prompt_scores(*tables[:2]) - prompt_scores(*tables[2:])
+    by_seed = rates_by_seed(*tables[:2]) - rates_by_seed(*tables[2:])
+    deviation = _deviation(scores)
+    return Comparison(
+        gain=_interval(point, samples, prompts, confidence),
+        p=_p_value(samples, prompts),
+        effect=_effect(float(point), deviation),
+        t=t_interval(by_seed, confidence=confidence) if np.isfinite(by_seed).sum() > 1 else Interval(NAN, NAN, NAN),
+        prompts=prompts,
+        seeds=int(np.isfinite(by_seed).sum()),
+        deviation=deviation,
+    )
+
+
+def compare_apart(a: tuple, b: tuple, *, n: int = 2000, seed: int = 0, confidence: float = 0.95) -> Comparison:
+    """Two ratios of sums over different prompts, seeds or noise, a - b: each side is resampled by itself.
+
+    a, b: (top, bottom, groups, seeds), each (M,) or None for the last two. effect divides by the root of the mean of both
+    variances (Cohen's d over prompts), t is Welch's interval over the seeds, prompts and seeds are the smaller side's.
+    """
+    sides = [sum_tables(finite(top, bottom), groups, seeds) for top, bottom, groups, seeds in (a, b)]
+    points = [divide(top.sum(), bottom.sum()) for top, bottom in sides]
+    # the second side draws from a seed of its own: equal draws would pair what is no pair
+    rates = [divide(*resampled(side, n=n, seed=seed + i)) for i, side in enumerate(sides)]
+    deviations = [_deviation(prompt_scores(*side)) for side in sides]
+    by_seed = [rates_by_seed(*side) for side in sides]
+    prompts, gain = min(side[0].shape[0] for side in sides), float(points[0] - points[1])
+    both = math.hypot(*deviations)
+    return Comparison(
+        gain=_interval(gain, rates[0] - rates[1], prompts, confidence),
+        p=_p_value(rates[0] - rates[1], prompts),
+        effect=_effect(gain, both / math.sqrt(2)),
+        t=_welch(*by_seed, confidence=confidence),
+        prompts=prompts,
+        seeds=min(int(np.isfinite(each).sum()) for each in by_seed),
+        deviation=both,
+    )
+
+
+def holm(p_values) -> np.ndarray:
+    """p values (M,) corrected for being M comparisons, in the order given: step-down (Holm 1979); nan passes and does not count."""
+    p_values = np.asarray(p_values, float)
+    corrected = np.full(p_values.shape, NAN)
+    known = np.flatnonzero(np.isfinite(p_values))
+    order = known[np.argsort(p_values[known], kind="stable")]
+    corrected[order] = np.minimum(np.maximum.accumulate(np.arange(len(order), 0, -1) * p_values[order]), 1.0)
+    return corrected
+
+
+def prompts_needed(deviation: float, difference: float, *, power: float = 0.8, confidence: float = 0.95) -> int:
+    """How many prompts show a paired difference: ((z(1 - alpha/2) + z(power)) · deviation / difference)², rounded up.
+
+    deviation: of the prompts' differences (`Comparison.deviation`), above 0. Normal approximation: it holds from about 30
+    prompts on. Raises ValueError for what no number of prompts can show.
+    """
+    if not deviation > 0 or not math.isfinite(deviation) or not abs(difference) > 0:
+        raise ValueError(f"deviation={deviation}, difference={difference}: use a deviation above 0 and a difference other than 0")
+    return max(2, math.ceil((_quantiles(power, confidence) * deviation / difference) ** 2))
+
+
+def detectable(deviation: float, prompts: int, *, power: float = 0.8, confidence: float = 0.95) -> float:
+    """The smallest paired difference that so many prompts show; the inverse of `prompts_needed`."""
+    if prompts < 2:
+        raise ValueError(f"prompts={prompts}: use 2 or more")
+    return _quantiles(power, confidence) * deviation / math.sqrt(prompts)
+
+
+def _quantiles(power: float, confidence: float) -> float:
+    if not 0 < power < 1 or not 0 < confidence < 1:
+        raise ValueError(f"power={power}, confidence={confidence}: both must lie between 0 and 1")
+    return float(scipy_stats.norm.ppf((1 + confidence) / 2) + scipy_stats.norm.ppf(power))
 
 
 def t_interval(values, *, confidence: float = 0.95) -> Interval:
@@ -114,59 +226,39 @@ def wilson(successes: int, total: int, *, confidence: float = 0.95) -> Interval:
     return Interval(rate, low, high)
 
 
-def _finite(top, bottom) -> tuple[np.ndarray, np.ndarray]:
-    top, bottom = np.asarray(top, float), np.asarray(bottom, float)
-    if top.shape != bottom.shape or top.ndim != 1:
-        raise ValueError(f"shapes {top.shape} and {bottom.shape}: two arrays (M,) of one length are allowed")
-    known = np.isfinite(top) & np.isfinite(bottom)
-    return np.where(known, top, 0.0), np.where(known, bottom, 0.0)
+def _deviation(scores: np.ndarray) -> float:
+    return float(scores.std(ddof=1)) if len(scores) > 1 else NAN
 
 
-def _tables(parts, groups, seeds) -> list[np.ndarray]:
-    """Sums of each part in a (prompts, seeds) table; the bootstrap needs nothing else."""
-    size = len(parts[0])
-    rows = _codes(groups, size, np.arange(size))
-    columns = _codes(seeds, size, np.zeros(size, int))
-    if size == 0:
-        return [np.zeros((0, 1)) for _ in parts]
-    shape = (rows.max() + 1, columns.max() + 1)
-    tables = []
-    for part in parts:
-        table = np.zeros(shape)
-        np.add.at(table, (rows, columns), part)
-        tables.append(table)
-    # a prompt without any value (order accuracy of a prompt that asks no order) is no unit of the population
-    used = np.any([table.any(axis=1) for table in tables], axis=0)
-    return [table[used] for table in tables]
+def _effect(gain: float, deviation: float) -> float:
+    if gain == 0 and deviation >= 0:
+        return 0.0
+    # equal differences deviate by rounding alone, and have no standardised size
+    return gain / deviation if deviation > 1e-9 * abs(gain) else NAN
 
 
-def _codes(labels, size: int, default: np.ndarray) -> np.ndarray:
-    if labels is None:
-        return default
-    labels = np.asarray(labels)
-    if len(labels) != size:
-        raise ValueError(f"{len(labels)} labels for {size} values: pass one prompt id and one seed per value")
-    return np.unique(labels, return_inverse=True)[1].reshape(-1)
+def _p_value(samples: np.ndarray, prompts: int) -> float:
+    """Two-sided: twice the smaller share of resamples on one side of 0, which inverts the percentile interval.
+
+    One is added to counts and total (Davison & Hinkley 1997, 4.2.5), so that no p is 0.
+    """
+    samples = samples[np.isfinite(samples)]
+    if prompts < 2 or len(samples) == 0:
+        return NAN
+    side = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
+    return min(1.0, 2 * (side + 1) / (len(samples) + 1))
 
 
-def _weights(prompts: int, levels: int, *, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-
-    def draw(units: int) -> np.ndarray:
-        if units <= 1:
-            return np.ones((n, units))
-        return rng.multinomial(units - 1, np.full(units, 1 / units), size=n).astype(float)
-
-    return draw(prompts), draw(levels)
-
-
-def _apply(prompts: np.ndarray, levels: np.ndarray, table: np.ndarray) -> np.ndarray:
-    return ((prompts @ table) * levels).sum(axis=1)
-
-
-def _divide(top, bottom):
-    top, bottom = np.asarray(top, float), np.asarray(bottom, float)
-    return np.divide(top, bottom, out=np.full(top.shape, NAN), where=bottom != 0)
+def _welch(a: np.ndarray, b: np.ndarray, *, confidence: float) -> Interval:
+    a, b = a[np.isfinite(a)], b[np.isfinite(b)]
+    if min(len(a), len(b)) < 2:
+        return Interval(NAN, NAN, NAN)
+    mean, errors = float(a.mean() - b.mean()), [x.var(ddof=1) / len(x) for x in (a, b)]
+    if sum(errors) == 0:
+        return Interval(mean, mean, mean)
+    freedom = sum(errors) ** 2 / sum(e * e / (len(x) - 1) for e, x in zip(errors, (a, b), strict=True))
+    half = float(scipy_stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(sum(errors)))
+    return Interval(mean, mean - half, mean + half)
 
 
 def _interval(point, samples: np.ndarray, prompts: int, confidence: float) -> Interval:

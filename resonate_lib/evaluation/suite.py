@@ -14,7 +14,7 @@ import torch
 
 from resonate_lib import audio, versions
 from resonate_lib.data import scenes
-from resonate_lib.evaluation import metrics, report, ttabench
+from resonate_lib.evaluation import metrics, report, stats, ttabench
 from resonate_lib.models.generator import Generator
 
 FOLDERS = {
@@ -114,15 +114,26 @@ def evaluate_all(
     return rows.sort_values("setting", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
 
-def robustness(rows: pd.DataFrame, clean: pd.DataFrame, *, names: Sequence[str] = EVENTS) -> pd.DataFrame:
-    """Each metric of `names` on perturbed prompts, on the same prompts unperturbed, and their ratio, for each system."""
+def robustness(rows: pd.DataFrame, clean: pd.DataFrame, *, names: Sequence[str] = EVENTS, n: int = 2000) -> pd.DataFrame:
+    """Each metric of `names` on perturbed prompts, on the same prompts unperturbed, and their ratio, for each system.
+
+    Columns: system, prompts, seeds, then for each metric m: m, m_clean and m_ratio, each with its 95 % interval (_low, _high);
+    the ratio's is over pairs. rows, clean: the same ids, samples and seeds (ValueError where none are shared).
+    """
     lines = []
     for system, perturbed in rows.groupby("system", sort=False):
-        line = {"system": system}
-        baseline = clean[clean["system"] == system]
+        shared = ["id", "sample", "seed"]
+        a, b = (part.set_index(shared) for part in (perturbed, clean[clean["system"] == system]))
+        common = a.index.intersection(b.index)
+        if not len(common):
+            raise ValueError(f"{system}: no prompt is there perturbed and clean; pass rows with the same ids, samples and seeds")
+        a, b = (part.loc[common].reset_index() for part in (a, b))
+        line = {"system": system, "prompts": a["id"].nunique(), "seeds": a["seed"].nunique()}
         for metric in names:
-            a, b = (metrics.measure(part, metric, n=2).mean for part in (perturbed, baseline))
-            line |= {metric: a, f"{metric}_clean": b, f"{metric}_ratio": ttabench.robustness_score(a, b)}
+            ratio = stats.paired_quotient(*metrics.parts(a, metric), *metrics.parts(b, metric), a["id"], a["seed"], n=n)
+            found = {metric: metrics.measure(a, metric, n=n), f"{metric}_clean": metrics.measure(b, metric, n=n)}
+            for name, interval in (found | {f"{metric}_ratio": ratio}).items():
+                line |= interval.columns(name)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -167,17 +178,10 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]
     """Notebook 06's tables with intervals, by name, and its words, over all seeds of a version: the rows of
     `seed*/metrics/tta_rows.csv` and `tta_parts_rows.csv`, prompts and seeds resampled.
 
-    A version of one seed gives that one's. The words name whatever "best of" rows there are. FileNotFoundError when
-    notebook 06 has not run in it.
+    A version of one seed gives that one's. The words name whatever "best of" rows there are, and end with the power of these
+    prompts. FileNotFoundError when notebook 06 has not run in it.
     """
-
-    def read(name: str) -> pd.DataFrame:
-        paths = sorted(Path(version).glob(f"seed*/metrics/{name}.csv")) or [Path(version) / "metrics" / f"{name}.csv"]
-        if not paths[0].is_file():
-            raise FileNotFoundError(f"no {name}.csv in {version}: run notebook 06 first")
-        return pd.concat([versions.read_table(path) for path in paths], ignore_index=True)
-
-    rows = read("tta_rows")
+    rows = versions.read_rows(version)
     best = [system for system in rows["system"].unique() if system.startswith("best of ")]
     names = [name for name in (*metrics.HEADLINE, "reward_clap") if measured(rows, name)]
     short = [name for name in (*EVENTS, "aqa", "clap") if name in names]
@@ -188,8 +192,14 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]
     if EVENTS[0] in names:
         tables |= {"tta_by_kind": report.by_kind(rows, names=EVENTS), "tta_real_procedural": real_and_procedural(rows, n=n)}
     if any(Path(version).glob("**/metrics/tta_parts_rows.csv")):
-        tables["tta_parts"] = over_parts(read("tta_parts_rows"), names=short[:3], n=n)
-    return tables, report.words(rows, metric=short[0] if short else names[0], alternatives=("base trained on", *best))
+        parts = versions.read_rows(version, "tta_parts_rows")
+        tables["tta_parts"] = over_parts(parts, names=short[:3], n=n)
+        perturbed, clean = (parts[parts["part"] == part] for part in ("robustness", "clean"))
+        if len(perturbed) and len(clean):
+            tables["tta_robustness"] = robustness(perturbed, clean, names=short[:2], n=n)
+    main = short[0] if short else names[0]
+    said = report.words(rows, metric=main, alternatives=("base trained on", *best))
+    return tables, f"{said}\n\n{report.power_note(rows, main)}"
 
 
 def measured(rows: pd.DataFrame, metric: str) -> bool:
