@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 
 from resonate_lib.evaluation import metrics, stats
@@ -146,3 +147,98 @@ def test_sanity_of_clips():
     assert found["peak_dbfs"][2] == pytest.approx(-20, abs=0.1)
     assert np.isnan(found["loudness"][0]) and np.isfinite(found["loudness"][2])
     assert np.isnan(metrics.sanity(clips[:, :100], 16000)["loudness"]).all()
+
+
+def test_compare_by_hand():
+    # prompts p, q, r in two seeds; differences of the prompts' means: 1, 0.5, 0
+    a, b = [1.0, 1, 1, 0, 1, 1], [0.0, 0, 0, 0, 1, 1]
+    groups, seeds, ones = ["p", "p", "q", "q", "r", "r"], [0, 1] * 3, np.ones(6)
+    found = stats.compare(a, ones, b, ones, groups, seeds)
+    assert found.gain.mean == 0.5 and found.deviation == pytest.approx(0.5) and found.effect == pytest.approx(1)
+    assert found.t == pytest.approx(stats.t_interval([2 / 3, 1 / 3])) and (found.prompts, found.seeds) == (3, 2)
+    assert found.gain == stats.paired_ratio(a, ones, b, ones, groups, seeds)
+    alone = stats.compare(a, ones, b, ones, groups)
+    assert math.isnan(alone.t.mean) and alone.seeds == 1
+    same = stats.compare(b, ones, b, ones, groups, seeds)
+    assert same.p == 1 and same.effect == 0 and same.gain == (0, 0, 0) == same.t
+    nothing = stats.compare([], [], [], [])
+    assert math.isnan(nothing.p) and math.isnan(nothing.effect) and nothing.prompts == 0
+
+
+def test_p_value_is_that_of_the_normal_test():
+    rng = np.random.default_rng(5)
+    a, ones = rng.normal(0.12, 1, size=400), np.ones(400)
+    z = a.mean() / (a.std(ddof=1) / 20)
+    found = stats.compare(a, ones, 0 * a, ones, n=20000)
+    assert found.p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.005)
+    assert (found.p < 0.05) == found.gain.excludes_zero
+    assert stats.compare(a + 9, ones, 0 * a, ones, n=999).p == pytest.approx(2 / 1000)
+
+
+def test_p_value_is_uniform_without_a_difference():
+    rng, ones = np.random.default_rng(6), np.ones(100)
+    p = [stats.compare(rng.normal(size=100), ones, 0 * ones, ones, n=1000).p for _ in range(1000)]
+    assert 0.03 <= np.mean(np.less(p, 0.05)) <= 0.07 and 0.45 <= np.mean(p) <= 0.55
+
+
+def test_deviation_of_a_ratio_is_its_standard_error():
+    # of F1 over 400 prompts: the linearised deviation over sqrt(400) is the bootstrap's standard error
+    rng = np.random.default_rng(7)
+    asked = rng.integers(1, 4, size=400)
+    tops = [2.0 * rng.binomial(asked, rate) for rate in (0.8, 0.6)]
+    found = stats.compare(tops[0], tops[0] / 2 + asked, tops[1], tops[1] / 2 + asked, n=20000)
+    assert (found.gain.high - found.gain.low) / (2 * 1.96) == pytest.approx(found.deviation / 20, rel=0.03)
+    assert found.effect == pytest.approx(found.gain.mean / found.deviation)
+
+
+def test_sides_apart_are_wider_than_pairs():
+    rng, ones = np.random.default_rng(8), np.ones(300)
+    hard = rng.normal(size=300)
+    a, b = hard + 0.2 + rng.normal(0, 0.2, 300), hard + rng.normal(0, 0.2, 300)
+    pairs, apart = stats.compare(a, ones, b, ones), stats.compare_apart((a, ones, None, None), (b, ones, None, None))
+    assert pairs.gain.mean == pytest.approx(apart.gain.mean) and pairs.p < 0.01 < apart.p
+    error = math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 300)
+    assert apart.gain.high - apart.gain.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+    assert apart.effect == pytest.approx((a.mean() - b.mean()) / math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
+    # Welch by hand: seeds' means 1, 3 and 0, 2, 4 have variances 2 and 4; error² = 1 + 4/3, freedom 5.44 / (1 + 8/9)
+    sides = ([1.0, 3], np.ones(2), ["p", "p"], [0, 1]), ([0.0, 2, 4], np.ones(3), ["p"] * 3, [0, 1, 2])
+    t = stats.compare_apart(*sides).t
+    freedom = (7 / 3) ** 2 / (1 + (4 / 3) ** 2 / 2)
+    assert t.mean == 0 and t.high == pytest.approx(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(7 / 3))
+    assert math.isnan(apart.t.low) and math.isnan(stats.compare_apart(*sides).gain.low)  # one prompt says nothing
+
+
+def test_quotient_of_pairs():
+    rng, ones = np.random.default_rng(9), np.ones(400)
+    b = rng.uniform(1, 3, size=400)
+    exact = stats.paired_quotient(0.5 * b, ones, b, ones)
+    assert exact == pytest.approx((0.5, 0.5, 0.5))
+    a = 0.5 * b + rng.normal(0, 0.1, 400)
+    found = stats.paired_quotient(a, ones, b, ones, n=20000)
+    error = (a - found.mean * b).std(ddof=1) / 20 / b.mean()  # delta method
+    assert (found.low, found.high) == pytest.approx((found.mean - 1.96 * error, found.mean + 1.96 * error), abs=2e-4)
+    assert math.isnan(stats.paired_quotient(a, ones, 0 * b, ones).mean)
+
+
+def test_holm_known_values():
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.01, math.nan, 0.02, 0.9]) == pytest.approx([0.03, math.nan, 0.04, 0.9], nan_ok=True)
+    assert stats.holm([0.6, 0.7]).tolist() == [1, 1] and stats.holm([]).tolist() == []
+
+
+def test_power_known_values():
+    # (1.95996 + 0.84162)² · (1 / 0.5)² = 31.4;  Cohen's d of 0.2: 196.2
+    assert stats.prompts_needed(1.0, 0.5) == 32 and stats.prompts_needed(0.4, -0.08) == 197
+    assert stats.prompts_needed(1.0, 0.5, power=0.9) == 43  # (1.95996 + 1.28155)² · 4 = 42.03
+    assert stats.detectable(1.0, 100) == pytest.approx(0.280158, abs=1e-5)
+    assert stats.prompts_needed(0.4, stats.detectable(0.4, 250) + 1e-9) == 250
+    rng, ones = np.random.default_rng(10), np.ones(100)
+    shown = [stats.compare(rng.normal(0.280158, 1, 100), ones, 0 * ones, ones, n=500).p < 0.05 for _ in range(500)]
+    assert 0.74 <= np.mean(shown) <= 0.86
+    for bad in ((0.0, 0.1), (0.4, 0.0), (math.nan, 0.1)):
+        with pytest.raises(ValueError, match="above 0"):
+            stats.prompts_needed(*bad)
+    with pytest.raises(ValueError, match="use 2 or more"):
+        stats.detectable(0.4, 1)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        stats.detectable(0.4, 10, power=1.0)
