@@ -55,12 +55,12 @@ def test_words_correct_for_what_they_compare():
     text = report.words(made(names))
     assert "over the 5 comparisons here." in text and "DPO beats base" in text and "p = " in text and "; t " not in text
     one = made({"base": 0.0, "DPO": 0.0})
-    wrong = one.index[(one["system"] == "DPO") & (one["exact"] == 0)][:6]
-    one.loc[wrong, "exact"] = 1.0  # six gained, none lost: p about 0.004
-    assert "DPO beats base: +3.0" in report.words(one)
+    wrong = one.index[(one["system"] == "DPO") & (one["exact"] == 0)][:5]
+    one.loc[wrong, "exact"] = 1.0  # five gained, none lost: p is about 2 e^-5
+    assert "DPO beats base: +2.5" in report.words(one)
     many = pd.concat([one] + [one[one["system"] == "DPO"].assign(system=f"rival {i}") for i in range(30)], ignore_index=True)
     said = report.words(many, offline=["DPO", *(f"rival {i}" for i in range(30))])
-    assert "DPO is not shown to differ from base: +3.0 (+" in said and "beats" not in said
+    assert "DPO is not shown to differ from base: +2.5 (+" in said and "beats" not in said
     seeds = report.words(made(names, seeds=(0, 1, 2)))
     assert "Student's interval over the seeds (t) clear of 0" in seeds and "; t +" in seeds
 
@@ -70,10 +70,12 @@ def test_power_note_by_hand():
     each = rows[rows["system"] == "DPO"]["exact"].to_numpy() - rows[rows["system"] == "base"]["exact"].to_numpy()
     factor = 1.959964 + 0.841621
     shown, needed = factor * each.std(ddof=1) / math.sqrt(200), math.ceil((factor * each.std(ddof=1) / 0.05) ** 2)
-    note = report.power_note(rows, "exact")
-    assert f"With these 200 prompts a difference of {100 * shown:.1f} points in exact can be shown" in note
-    assert f"5.0 points need {needed} prompts" in note and "seeds" not in note
-    assert "training seeds" in report.power_note(made({"base": 0.0, "DPO": 0.1}, seeds=(0, 1)), "exact")
+    note = report.power_note(rows, "exact", difference=0.05)
+    assert f"With these 200 prompts a difference of {100 * shown:.3g} points in exact can be shown; 5 points" in note
+    assert f"5 points need {needed} prompts" in note and "seeds" not in note
+    assert 0.05 < shown < 0.1 and report.power_note(rows, "exact") == note  # the next smaller of 1, 2, 5, 10 points
+    seeds = report.power_note(made({"base": 0.0, "DPO": 0.1}, seeds=(0, 1)), "exact")
+    assert "between these very models" in seeds and "2 seeds, and only more of them, tell" in seeds
     assert "nothing can be said" in report.power_note(made({"base": 0.0, "DPO": 0.0}), "exact")
 
 

@@ -6,6 +6,7 @@ Rows come from `ttabench.evaluate` and `ttabench.score_clips`; metrics and their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -200,10 +201,11 @@ def words(
     return f"{NO_VERDICT} {said}" if metric == "reward" else said
 
 
-def power_note(rows: pd.DataFrame, metric: str = "exact", *, base: str = BASE, difference: float = 0.05) -> str:
+def power_note(rows: pd.DataFrame, metric: str = "exact", *, base: str = BASE, difference: float | None = None) -> str:
     """A sentence: which paired difference these prompts can show, and how many prompts `difference` needs (power 80 %).
 
-    The deviation of the prompts' differences is the median over systems against `base` in all settings.
+    difference: default the next smaller of 1, 2, 5, 10, ... The deviation of the prompts' differences is the median over systems
+    against `base` in all settings.
     """
     found = []
     for setting, peers in rows.groupby("setting", sort=False):
@@ -214,12 +216,24 @@ def power_note(rows: pd.DataFrame, metric: str = "exact", *, base: str = BASE, d
     if not found:
         return f"No system differs from {base} on two prompts, so nothing can be said about power."
     deviation, prompts = float(np.median([c.deviation for c in found])), max(c.prompts for c in found)
-    shown, needed = 100 * stats.detectable(deviation, prompts), stats.prompts_needed(deviation, difference)
-    more = " More prompts tell nothing about other training seeds: that takes seeds." if max(c.seeds for c in found) > 1 else ""
+    shown = stats.detectable(deviation, prompts)
+    difference = difference or _rounder(shown)
+    seeds = max(c.seeds for c in found)
+    of_seeds, rest = "", ""
+    if seeds > 1:
+        of_seeds = " between these very models"
+        rest = f" How much training differs from seed to seed is not in this: {seeds} seeds, and only more of them, tell."
     return (
-        f"With these {prompts} prompts a difference of {shown:.1f} points in {metric} can be shown; {100 * difference:.1f} points "
-        f"need {needed} prompts (one paired comparison, power 80 %, deviation {100 * deviation:.1f} points a prompt).{more}"
+        f"With these {prompts} prompts a difference of {100 * shown:.3g} points in {metric} can be shown{of_seeds}; "
+        f"{100 * difference:.3g} points need {stats.prompts_needed(deviation, difference)} prompts (one paired comparison, power "
+        f"80 %, deviation {100 * deviation:.1f} points a prompt).{rest}"
     )
+
+
+def _rounder(value: float) -> float:
+    """The largest of ..., 0.1, 0.2, 0.5, 1, 2, 5, ... below value."""
+    power = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return max(step * power for step in (1, 2, 5, 10, 20, 50) if step * power < value)
 
 
 def p_text(p: float) -> str:

@@ -1,9 +1,23 @@
-"""Intervals: bootstrap over prompts and seeds, paired differences, t over a few seeds, Wilson for a rate.
+"""Intervals: bootstrap over prompts and seeds, paired comparisons, t over a few seeds, Wilson for a rate; Holm, power.
 
-What is averaged is in `metrics.py`. Every function is deterministic in its seed and vectorised over the resamples.
-The bootstrap is the percentile bootstrap (Efron 1979) on clusters; each level draws one unit fewer than it has, which
-removes the downward bias of its variance (Hesterberg, arXiv 1411.5279). That matters for the two or three seeds of a
-run.
+What is averaged is in `metrics.py`, how it is drawn again in `resampling.py`. Every function is deterministic in its seed. The
+bootstrap is the percentile bootstrap (Efron 1979) on clusters; each level draws one unit fewer than it has, which removes
+the downward bias of its variance (Hesterberg, arXiv 1411.5279).
+
+Coverage of 95 % intervals, measured by `python -m pytest -m slow -s tests/test_coverage.py`. Over prompts (1,000 simulated sets
+each of 100 and of 300 prompts): mean 0.941 and 0.952, paired difference 0.952 and 0.936, F1 0.941 and 0.955. Over seeds of
+training (4,000 sets; 100 prompts; the spread of the gain comes from prompts, from both alike, or from seeds):
+
+    spread from        prompts   both    seeds
+    3 seeds  bootstrap   0.957  0.933   0.783
+             t           0.643  0.912   0.948
+             either      0.958  0.959   0.949
+    5 seeds  bootstrap   0.955  0.945   0.870
+             t           0.442  0.886   0.943
+             either      0.955  0.950   0.943
+
+So the bootstrap over prompts and seeds is too narrow where three or five seeds of training differ much, and Student's t over the
+seeds (which know nothing of other prompts) where prompts do. Tables show both; a claim needs both clear of 0 (`report.Claim`).
 """
 
 from __future__ import annotations
