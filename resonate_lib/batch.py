@@ -302,9 +302,9 @@ def _summarise(plan: Plan, version: Path) -> None:
         runs.write_table(version / "metrics", name, table)
     table = tables["tta_headline"]
     runs.write_table(version / "metrics", "tta_words", {"words": said})
-    shown = report.readable(table, [name for name in metrics.HEADLINE if name in table][:3])
-    for ending, text in (("md", report.to_markdown(shown)), ("tex", report.to_latex(shown))):
-        record.atomic_write(version / "metrics" / f"tta_headline.{ending}", text)
+    names = [name for name in metrics.HEADLINE if name in table]
+    record.atomic_write(version / "metrics" / "tta_headline.md", report.to_markdown(report.readable(table, names[:3])))
+    record.atomic_write(version / "metrics" / "tta_headline.tex", report.to_latex(report.readable(table, names[:1])))
     title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds"
     plots.save(plots.gains(table, title=title), version / "figures" / "tta_gains.png")
 

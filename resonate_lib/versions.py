@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.stats import t as student
 
 from resonate_lib import record
 from resonate_lib.config import CHECKOUT, unknown
 
 NAME = re.compile(r"(\d{4,})-(.+)-([0-9a-f]{8})$")
 OPEN = ("RUNNING", "FAILED", "INTERRUPTED")  # what --resume may continue
-NO_MEAN = re.compile(r"(.+_)?(low|high|p|p_holm)|seeds")  # a mean of intervals' ends or of p values is none; counts of seeds
+NO_MEAN = re.compile(r"(.+_)?(low|high|p|p_holm)|seeds")  # of ends and of p values a mean is neither; counts of seeds
 IDENTIFIERS = ("seed", "noise_seed", "guidance")  # stay where all seeds agree
 UNHASHED = ("run.json", "answers", ".state", ".reserve")  # the record itself, listeners' answers, working files
 
@@ -185,10 +186,11 @@ def read_rows(version: str | os.PathLike, name: str = "tta_rows") -> pd.DataFram
 def summarise(version: Path) -> list[str]:
     """Gather `seed*/metrics/*.csv` into `metrics/` at the version's top; returns the names written.
 
-    Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n -
-    1), and a column `seeds` counts them; ends of intervals (`low`, `high`, `*_low`, `*_high`) and p values (`p`, `*_p`,
-    `*_p_holm`) are left out, and so is an identifier that differs. Other tables are put one under another with a first
-    column `seed`. Tables of single clips (a column `id`) stay with their seeds.
+    Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n - 1), and a
+    column `seeds` counts them. An interval (`low` and `high` of `mean`, `x_low` and `x_high` of `x`) becomes Student's 95 %
+    interval over the seeds, which tells nothing of other prompts; p values (`p`, `*_p`, `*_p_holm`) are left out, and so is
+    an identifier that differs. Other tables are put one under another with a first column `seed`. Tables of single clips
+    (a column `id`) stay with their seeds.
     """
     from resonate_lib.runs import write_table
 
@@ -283,6 +285,12 @@ def _over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
         if name in agreed:
             continue
         column = pd.concat([data[name] for data in every], axis=1)
-        out[name] = column.mean(axis=1)
-        out.insert(out.columns.get_loc(name) + 1, f"{name}_std", column.std(axis=1, ddof=1))
+        mean, deviation, count = column.mean(axis=1), column.std(axis=1, ddof=1), column.notna().sum(axis=1)
+        half = student.ppf(0.975, count.clip(lower=1) - 1) * deviation / count**0.5
+        stem = "" if name == "mean" else f"{name}_"
+        ends = {f"{stem}low": mean - half, f"{stem}high": mean + half}
+        new = {**(ends if set(ends) <= set(every[0]) else {}), f"{name}_std": deviation}
+        out[name], place = mean, out.columns.get_loc(name)
+        for offset, (key, values) in enumerate(new.items(), start=1):
+            out.insert(place + offset, key, values)
     return out.assign(seeds=len(every))

@@ -125,6 +125,7 @@ def test_markdown_is_escaped():
 
 def test_latex_is_escaped():
     lines = report.to_latex(TABLE).splitlines()
+    assert lines.pop(0) == r"% needs \usepackage{booktabs}"
     assert lines[:2] == [r"\begin{tabular}{lrrl}", r"\toprule"] and lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
     assert lines[2] == r"text & n & value & missing \\" and lines[3] == r"\midrule"
     assert lines[4] == r"a | b * c & 1 & 0.500 & -- \\"

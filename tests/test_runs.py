@@ -213,7 +213,7 @@ def test_summary_over_seeds(tmp_path):
     assert list(pd.read_csv(tmp_path / "metrics" / "curve.csv")["seed"]) == [0, 1, 1]
 
 
-def test_summary_over_seeds_averages_neither_intervals_nor_identifiers_nor_clips(tmp_path):
+def test_summary_over_seeds_averages_neither_ends_nor_identifiers_nor_clips(tmp_path):
     for seed, value in ((0, 1.0), (1, 3.0)):
         folder = tmp_path / f"seed{seed}" / "metrics"
         shared = {"system": "base", "f1": value, "f1_low": value - 1, "f1_high": value + 1, "low": 0.0, "seeds": 1, "seed": seed}
@@ -223,7 +223,9 @@ def test_summary_over_seeds_averages_neither_intervals_nor_identifiers_nor_clips
         runs.write_table(folder, "tta_rows", [{"id": "p0", "noise_seed": seed, "exact": value}])
     assert versions.summarise(tmp_path) == ["own", "same", "uneven"]
     tables = {name: pd.read_csv(tmp_path / "metrics" / f"{name}.csv") for name in ("own", "same", "uneven")}
-    assert list(tables["own"].columns) == ["system", "f1", "f1_std", "seeds"] and tables["own"]["seeds"][0] == 2
+    assert list(tables["own"].columns) == ["system", "f1", "f1_low", "f1_high", "f1_std", "seeds"]
+    # the mean of 1 and 3 with Student's interval over two seeds: 2 plus and minus 12.7062 · sqrt(2) / sqrt(2)
+    assert tables["own"].loc[0, "f1":"seeds"].tolist() == pytest.approx([2, -10.7062, 14.7062, 2**0.5, 2], rel=1e-5)
     assert list(tables["same"].columns) == ["guidance", *tables["own"].columns] and tables["same"]["guidance"][0] == 2
     assert list(tables["uneven"].columns) == ["seed", "x"] and list(tables["uneven"]["seed"]) == [0, 1, 1]
 

@@ -45,11 +45,12 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def to_latex(table: pd.DataFrame) -> str:
-    """The table as a LaTeX `tabular` for the package booktabs, cells escaped; ends with a newline."""
+    """The table as a LaTeX `tabular`, cells escaped; ends with a newline."""
     heads, body, right = _cells(table)
     rows = [" & ".join(cell.translate(LATEX) for cell in line) + r" \\" for line in (heads, *body)]
     begin = rf"\begin{{tabular}}{{{''.join('r' if number else 'l' for number in right)}}}"
-    return "\n".join([begin, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+    lines = [r"% needs \usepackage{booktabs}", begin, r"\toprule", rows[0], r"\midrule", *rows[1:]]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def _interval(values: np.ndarray, sign: str) -> str:
