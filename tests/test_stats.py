@@ -107,6 +107,15 @@ def test_wilson_known_values():
         stats.wilson(3, 2)
 
 
+def test_a_share_of_all_or_none_keeps_an_interval():
+    rng = np.random.default_rng(11)
+    found = [stats.bootstrap_mean((rng.random(100) < 0.99).astype(float), n=500) for _ in range(500)]
+    assert np.mean([i.mean == 1 for i in found]) > 0.3  # 0.99^100 is 0.37: a bootstrap of these would miss the truth each time
+    assert np.mean([i.low <= 0.99 <= i.high for i in found]) > 0.9
+    assert stats.bootstrap_mean(np.zeros(20))[:2] == (0, 0) and stats.bootstrap_mean(np.zeros(20)).high > 0.1
+    assert stats.bootstrap_mean([0.5, 0.5]) == (0.5, 0.5, 0.5)  # a score, not a share
+
+
 def test_metrics_by_hand():
     # 3 right, 1 invented, 2 missed: 6 / 9
     assert metrics.event_f1([2, 1], [0, 1], [1, 1]) == pytest.approx(6 / 9)
@@ -132,7 +141,8 @@ def test_summarise_has_fixed_columns_and_counts():
     found = table.set_index(["kind", "metric"])
     assert found.loc[("single", "exact"), "mean"] == 0.5
     assert found.loc[("single", "event_f1"), "mean"] == found.loc[("single", "event_f1_procedural"), "mean"] == 0.5
-    assert found.loc[("while", "event_f1"), ["mean", "low", "high", "n", "seeds"]].tolist() == [1, 1, 1, 2, 1]
+    all_right = found.loc[("while", "event_f1"), ["mean", "low", "high", "n", "seeds"]].tolist()
+    assert all_right == pytest.approx([1, 2 / (2 + 1.959964**2), 1, 2, 1])  # Wilson: two prompts, both right
     assert math.isnan(found.loc[("while", "event_f1_real"), "mean"])
     assert found.loc[("while", "order"), "n"] == 0 and math.isnan(found.loc[("while", "order"), "mean"])
     assert list(metrics.summarise(rows(), metrics=("exact",)).columns) == list(metrics.SUMMARY_COLUMNS)

@@ -86,9 +86,14 @@ def bootstrap_mean(
 def bootstrap_ratio(
     numerator, denominator, groups=None, *, seeds=None, n: int = 2000, seed: int = 0, confidence: float = 0.95
 ) -> Interval:
-    """sum(numerator) / sum(denominator), both (M,), with the same bootstrap: micro F1 is 2·tp over 2·tp + fp + fn."""
+    """sum(numerator) / sum(denominator), both (M,), with the same bootstrap: micro F1 is 2·tp over 2·tp + fp + fn.
+
+    A share of exactly 0 or 1 has no spread to draw from: its interval is Wilson's over the prompts.
+    """
     top, bottom = finite(numerator, denominator)
     tops, bottoms = sum_tables((top, bottom), groups, seeds)
+    if len(tops) > 1 and ((tops == 0).all() or (tops == bottoms).all()):
+        return wilson(len(tops) if tops.any() else 0, len(tops), confidence=confidence)
     samples = divide(*resampled((tops, bottoms), n=n, seed=seed))
     return _interval(divide(tops.sum(), bottoms.sum()), samples, tops.shape[0], confidence)
 
