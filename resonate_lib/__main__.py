@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can run, and how to mend what it cannot")
     doctor.add_argument("--weights", metavar="DIR", help="a directory to look for published weights in (default: the profile's)")
     doctor.add_argument("--profile", choices=("small", "paper"), default="paper", help="whose judges to look for (default: paper)")
+    doctor.add_argument("--msclap", action="store_true", help="make the environment of MS-CLAP, TTA-Bench's CLAP score, with pip")
     commands.add_parser("bench", help="times of the stages against scoring and sampling clip by clip")
     verify = commands.add_parser("verify", help="recompute a version's checksums")
     verify.add_argument("version", nargs="?", default="latest")
@@ -223,7 +224,12 @@ def listen_command(options: argparse.Namespace) -> int:
 
 
 def doctor_command(options: argparse.Namespace) -> int:
-    """The table of checks; 1 when `tiny` cannot run here."""
+    """The table of checks; 1 when `tiny` cannot run here. With --msclap: make that environment, print its folder."""
+    if options.msclap:
+        from resonate_lib.evaluation import msclap
+
+        print(msclap.make_environment())
+        return 0
     from resonate_lib import doctor
 
     return doctor.main(options.profile, options.weights)

@@ -33,16 +33,20 @@ SYSTEMS = {"00": 2, "06": 6, "07": 5}  # networks of the notebooks that only gen
 HEARING = {  # who hears, besides the reward lines
     "02": ("clap", "lalm", "clap_eval", "lalm_eval"),
     "05": ("clap", "lalm"),
-    "06": ("clap", "clap_eval", "lalm_eval", "aesthetics"),
+    "06": ("clap", "clap_eval", "lalm_eval", "aesthetics", "msclap"),
 }
-SCORERS = {"clap": "clap", "lalm": "qwen25_omni", "clap_eval": "clap", "lalm_eval": "qwen3_omni", "aesthetics": "aesthetics"}
+SCORERS = {"clap": "clap", "lalm": "qwen25_omni", "clap_eval": "clap", "lalm_eval": "qwen3_omni", "aesthetics": "aesthetics",
+           "msclap": "msclap"}  # fmt: skip
 QUARTERS = {"": 4, "8bit": 2, "4bit": 1}  # of bf16's size
 NOT_QUANTISED = 2_500_000_000  # word embeddings and output layer of Qwen2-Audio, the largest; they stay in bf16
 T5_ENCODER = 0.44  # of FLAN-T5's file: the decoder is not built
 # Bytes that scorers work in for a batch of 16 clips; allowances, not measurements.
-SCORING = {"clap": 1_000_000_000, "aesthetics": 1_000_000_000, "lalm": 2_000_000_000}
+SCORING = {"clap": 1_000_000_000, "aesthetics": 1_000_000_000, "lalm": 2_000_000_000, "msclap": 0}
+PROCESS = 2_000_000_000  # of MS-CLAP, which has a process of its own: the driver once more, and its work
+TOKENIZERS = {"clap": ("roberta", "roberta_source"), "msclap": ("gpt2", "gpt2_source")}  # {scorer: part, where it comes from}
 LAYOUTS = {  # file sets, any of which is enough, where the reader asks for other files than the list of parts names
     "roberta": (("config.json", "tokenizer.json"), ("config.json", "vocab.json", "merges.txt")),
+    "gpt2": (("config.json", "tokenizer.json"), ("config.json", "vocab.json", "merges.txt")),
     "aesthetics": (("config.json", "model.safetensors"), ("checkpoint.pt",)),
 }
 
@@ -158,7 +162,7 @@ def _part_bytes(part: str, source: str, directory: str) -> int:
 
 
 def _judge_bytes(config, name: str) -> int:
-    """0 of one that is not asked for, or lives elsewhere. RoBERTa counts as part of CLAP: only its tokenizer is read."""
+    """0 of one that is not asked for, or lives elsewhere. Of the CLAPs' text encoders only the tokenizers are files apart."""
     reward, weights = config["reward"], config["suite"]["weights"]
     source = beside(reward[f"{name}_source"], weights)
     if not source or source == "shipped" or source.startswith("http") or (name.startswith("lalm") and reward["lalm_offload"]):
@@ -167,7 +171,7 @@ def _judge_bytes(config, name: str) -> int:
     size = memory.file_bytes(here) if here.exists() else _part_bytes(_part_of(name, source), source, weights)
     kept = min(size, NOT_QUANTISED)
     quarters = QUARTERS[reward["lalm_quantisation"]] if name.startswith("lalm") else 4
-    return kept + (size - kept) * quarters // 4
+    return kept + (size - kept) * quarters // 4 + (PROCESS if name == "msclap" else 0)
 
 
 def _part_of(name: str, source: str) -> str:
@@ -212,6 +216,8 @@ def parts(config: Mapping[str, Mapping[str, Any]], notebooks: list[str], paramet
             of_list = source.startswith(PARTS[part].hub)
             size = f"about {PARTS[part].gigabytes:g} GB, {PARTS[part].licence}" if of_list else "its size is not known"
             lines.append(f"not here yet and will be downloaded: {PARTS[part].what}, {source} ({size})")
+    if "06" in notebooks and config["reward"]["msclap_source"]:
+        _check_msclap()
     bench = parameters.get("06", {}).get("tta_bench") or config["eval"]["tta_bench"]
     if "06" in notebooks and bench:
         _check_bench(bench)
@@ -236,8 +242,9 @@ def _used(config, notebooks, parameters, base: Path | None, trained: bool) -> It
         if not source or source == "shipped" or source.startswith("http") or (Path(source) / "model_card.json").is_file():
             continue
         yield _part_of(name, source), beside(source, suite["weights"])
-        if name.startswith("clap"):
-            yield "roberta", beside(reward["roberta_source"], suite["weights"])
+        if name.removesuffix("_eval") in TOKENIZERS:
+            tokenizer, place = TOKENIZERS[name.removesuffix("_eval")]
+            yield tokenizer, beside(reward[place], suite["weights"])
 
 
 def _saved(base: Path) -> dict[str, dict]:
@@ -261,6 +268,16 @@ def _find(part: str, source: str, directory: str) -> None:
         wanted = ", or ".join(" and ".join(names) for names in LAYOUTS[part])
         raise FileNotFoundError(f"{PARTS[part].what} is not in {source}{'' if path.is_dir() else ' on this machine'}: it needs "
                                 f"{wanted}; get them from https://huggingface.co/{PARTS[part].hub} and name their folder")
+
+
+def _check_msclap() -> None:
+    """ValueError where MS-CLAP's environment is not made."""
+    from resonate_lib.evaluation import msclap
+
+    try:
+        msclap.environment_python()
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def _check_bench(folder: str) -> None:

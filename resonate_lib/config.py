@@ -152,6 +152,8 @@ class RewardConfig(Config):
     clap_published_rate: bool = False  # true as published: the reward's CLAP takes 44,100 Hz for 44,000 Hz
     roberta_source: str = "roberta-base"  # directory or hub id: the tokenizer of LAION-CLAP
     aesthetics_source: str = ""  # directory or hub id of AudioBox-Aesthetics; empty: not measured
+    msclap_source: str = ""  # file, directory or hub id of MS-CLAP 2023, TTA-Bench's CLAP score; empty: not measured
+    gpt2_source: str = "openai-community/gpt2"  # directory or hub id: the tokenizer of MS-CLAP
     lalm_quantisation: str = knob("", choices=("", "8bit", "4bit"))  # of the published judges, by bitsandbytes
     lalm_offload: bool = False  # spread them over GPU, memory and disk
     lalm_fallback: str = knob("sigmoid", choices=("sigmoid", "zero"))  # zero: the published rule where neither is answered

@@ -98,7 +98,7 @@ def checks() -> list[Check]:
             "restore them with git, or train them: run --from-scratch",
         )
     )
-    return found
+    return [*found, _msclap()]
 
 
 def published(profile: str = "paper", directory: str | None = None) -> list[Check]:
@@ -169,6 +169,17 @@ def _torch() -> list[Check]:
         size = torch.cuda.get_device_properties(0).total_memory / 2**30
         return [*rows, Check("gpu", "ok", f"{torch.cuda.get_device_name(0)}, {size:.0f} GB")]
     return [*rows, Check("gpu", "note", "none", "tiny needs none; small wants 24 GB, paper 80 GB or more")]
+
+
+def _msclap() -> Check:
+    try:
+        from resonate_lib.evaluation import msclap
+
+        return Check("MS-CLAP", "ok", f"its environment is {msclap.environment_python().parent.parent}")
+    except (ImportError, OSError, ValueError) as error:
+        absent = isinstance(error, FileNotFoundError)
+        found = "its environment is not made; only small and paper use it" if absent else " ".join(str(error).split())[:100]
+        return Check("MS-CLAP", "note", found, "python -m resonate_lib doctor --msclap")
 
 
 def main(profile: str = "paper", weights: str | None = None) -> int:

@@ -14,7 +14,8 @@ import yaml
 
 from resonate_lib import config
 
-SOURCES = ("clap_source", "lalm_source", "clap_eval_source", "lalm_eval_source", "roberta_source", "aesthetics_source")
+SOURCES = ("clap_source", "lalm_source", "clap_eval_source", "lalm_eval_source", "roberta_source", "aesthetics_source",
+           "msclap_source", "gpt2_source")  # fmt: skip
 # {section: (dataclass, names)} of what every notebook reads from the profile for itself: a value given for it holds for all.
 SHARED: dict[str, tuple[type[config.Config], tuple[str, ...]]] = {
     "data": (config.DataConfig, tuple(config.field_types(config.DataConfig))),

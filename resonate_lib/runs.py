@@ -228,6 +228,17 @@ class Run:
                 self.loaded["aesthetics"] = Aesthetics.load(place)
         return self.loaded.get("aesthetics")
 
+    def ms_clap(self):
+        """MS-CLAP 2023, run by an environment of its own, where `reward.msclap_source` names it, else None; made once a run."""
+        config = resolve(RewardConfig, self.profile)
+        if config.msclap_source and "msclap" not in self.loaded:
+            from resonate_lib.evaluation.msclap import MsClap
+
+            with self._published("msclap", config.msclap_source) as place, self._published("gpt2", config.gpt2_source) as gpt2:
+                self.loaded["msclap"] = MsClap.load(place, gpt2)
+            self.record("msclap_packages", self.loaded["msclap"].versions)
+        return self.loaded.get("msclap")
+
     @contextlib.contextmanager
     def _published(self, name: str, source: str) -> Iterator[str]:
         """Where the published model `source` is read from: its place in the directory `suite.weights` if it lies there.

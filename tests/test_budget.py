@@ -123,6 +123,7 @@ def whole(tmp_path):
     settings["reward"] |= {
         "clap_source": str(checkpoint), "roberta_source": str(roberta), "lalm_source": judges["qwen2_5_omni"],
         "lalm_eval_source": judges["qwen3_omni_moe"], "aesthetics_source": str(test_aesthetics.write(tmp_path / "aesthetics")),
+        "msclap_source": "",
     }  # fmt: skip
     settings["eval"]["tta_bench"] = str(tta_bench(tmp_path / "tta"))
     return settings

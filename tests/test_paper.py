@@ -78,7 +78,7 @@ def paper_world(folder: Path) -> dict[str, str]:
     return {
         "weights": str(weights), "clap_source": str(checkpoint), "roberta_source": str(roberta),
         "lalm_source": str(judges["qwen2_5_omni"]), "lalm_eval_source": str(judges["qwen3_omni_moe"]),
-        "aesthetics_source": str(test_aesthetics.write(folder / "aesthetics")), "lalm_quantisation": "",
+        "aesthetics_source": str(test_aesthetics.write(folder / "aesthetics")), "lalm_quantisation": "", "msclap_source": "",
         "folder": str(folder / "recordings"), "captions": str(recordings(folder / "recordings")),
         "tta_bench": str(tta_bench(folder / "tta")),
     }  # fmt: skip

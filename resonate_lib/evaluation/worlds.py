@@ -144,13 +144,14 @@ def previews(profile: str, count: int, *, seed: int) -> list[dict]:
 
 def scorers(world, run, reward: str, *, text=None) -> dict:
     """Who scores the benchmark's clips: the world's judge, the training reward (`reward`) and CLAP (`reward_clap`), and second
-    models that no training heard (`aqa`, `clap`); those without a source are left out. text: the encoder of shipped CLAPs."""
+    models that no training heard (`aqa`, `clap`, `ms_clap`); those without a source are left out. text: shipped CLAPs' encoder."""
     found = {
         "reward": run.reward(reward, text=text),
         "reward_clap": run.scorer("clap", text=text),
         "aqa": run.scorer("lalm_eval"),
         "clap": run.scorer("clap_eval", text=text),
         "aesthetics": run.aesthetics(),
+        "ms_clap": run.ms_clap(),
     }
     return world.judge(run) | {name: scorer for name, scorer in found.items() if scorer is not None}
 

@@ -71,7 +71,7 @@ class Part:
         return f"{self.folder}/{name}" if name == "model.safetensors" else name or self.folder
 
 
-# File names of vocoders, CLAP and aesthetics, sizes, and the licences of MMAudio's and Qwen3's weights are from general
+# File names of vocoders, the CLAPs and aesthetics, sizes, and the licences of MMAudio's and Qwen3's weights are from general
 # knowledge: any of them is replaced by naming a file, or `owner/repository/file`.
 PARTS = {part.name: part for part in (
     Part("generator_pt", "pre-trained generator", "AndreasXi/Resonate", "Resonate_PT.pth", 1.9, "MIT"),
@@ -90,6 +90,8 @@ PARTS = {part.name: part for part in (
     Part("qwen3_omni", "LALM judge (evaluation)", "Qwen/Qwen3-Omni-30B-A3B-Instruct", "", 70.5, "Apache-2.0"),
     Part("aesthetics", "AudioBox-Aesthetics (evaluation)", "facebook/audiobox-aesthetics", "model.safetensors", 0.4, "CC-BY-4.0",
          ("config.json",)),
+    Part("msclap", "MS-CLAP 2023 (evaluation)", "microsoft/msclap", "CLAP_weights_2023.pth", 0.7, "MIT"),
+    Part("gpt2", "tokenizer of MS-CLAP", "openai-community/gpt2", "", 0.01, "MIT", weightless=True),
 )}  # fmt: skip
 
 
