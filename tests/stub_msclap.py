@@ -24,6 +24,7 @@ for line in sys.stdin:
         os._exit(3)
     if what == "sleep":
         time.sleep(60)
-    scores = [float(clip.mean()) * len(prompt) * float(state["scale"]) for clip, prompt in zip(audio, asked["prompts"], strict=True)]
+    pairs = zip(audio, asked["prompts"], strict=True)
+    scores = [float(clip.mean()) * len(prompt) * float(state["scale"]) for clip, prompt in pairs]
     said = {"refuse": {"error": "a prompt of 2000 tokens"}, "few": {"scores": scores[1:]}, "junk": 7}
     print(json.dumps(said.get(what, {"scores": scores})), flush=True)

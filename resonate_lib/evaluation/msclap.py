@@ -37,7 +37,7 @@ from resonate_lib.rewards.laion import check_audio
 
 # What differs from this environment, with nothing that these would bring along: they resolve together on Python 3.11.
 PINS = ("msclap==1.3.4", "transformers==4.57.3", "tokenizers==0.22.1", "huggingface_hub==0.36.0")
-MEGABYTES = 20  # that pip fetches
+MEGABYTES = 16  # that pip fetches
 VARIABLE = "RESONATE_MSCLAP_ENV"  # an environment made elsewhere, used instead
 MAKE = "python -m resonate_lib doctor --msclap"
 WORKER = Path(__file__).with_name("msclap_worker.py")
