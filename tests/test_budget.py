@@ -51,6 +51,7 @@ def test_every_notebook_has_a_plan_with_what_it_holds(settings):
     assert list(parts) == names
     assert parts["03 dpo"]["lalm"] == parts["03 pretrain"]["lalm"] == 22_400_000_000 and "clap" not in parts["03 dpo"]
     assert {"clap", "lalm"} <= parts["05 grpo"].keys() and parts["06"]["lalm_eval"] == 70_500_000_000
+    assert parts["06"]["msclap"] == 700_000_000 + budget.PROCESS
     assert parts["06"]["aesthetics"] == 400_000_000 and not {"clap", "lalm"} & parts["07"].keys()
     assert parts["04 nft"]["text encoder"] == round(0.44 * 3_100_000_000)
 

@@ -137,7 +137,7 @@ class _Worker:
         with contextlib.suppress(OSError):
             self.process.stdin.close()  # it ends with its input
         try:
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
