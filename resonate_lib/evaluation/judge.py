@@ -66,7 +66,12 @@ class Judge(nn.Module):
 
     def forward(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mel magnitudes (B, 200, 64) -> logits of activity and of onsets, each (B, 100, classes)."""
-        x = self.blocks(self.stem(torch.log(mel + 1e-3).transpose(1, 2)))
+        return self._decide(self._frames(mel))
+
+    def _frames(self, mel: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.stem(torch.log(mel + 1e-3).transpose(1, 2)))
+
+    def _decide(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         whole = torch.cat([x.mean(2, keepdim=True), x.amax(2, keepdim=True)], dim=1).expand(-1, -1, x.shape[2])
         return self.head(torch.cat([x, whole], dim=1)).float().transpose(1, 2).chunk(2, dim=-1)
 
@@ -83,6 +88,19 @@ class Judge(nn.Module):
         on = activity.sigmoid() > self.threshold
         number = torch.where(COUNTABLE, _distinct(onsets.sigmoid() > 0.5).clamp(1, MAX_COUNT), 1)
         return torch.where(on.sum(1) >= MIN_FRAMES, number, 0), on
+
+    @torch.no_grad()
+    def hear(self, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Waveforms (B, 64000) -> features averaged over time (B, width), and one logit a class (B, classes).
+
+        The logit is that of the class's third most active frame: its sigmoid is over the threshold just where `detect` hears it.
+        """
+        features, logits = [], []
+        for part in audio.split(64):
+            x = self.eval()._frames(self.mel(part))
+            features.append(x.mean(2).float())
+            logits.append(self._decide(x)[0].topk(MIN_FRAMES, dim=1).values[:, -1])
+        return torch.cat(features), torch.cat(logits)
 
     def score(self, audio: torch.Tensor, metadata: list[dict]) -> dict[str, torch.Tensor]:
         """What was asked against what is heard, each (B,) float32.

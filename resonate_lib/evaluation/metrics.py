@@ -1,7 +1,8 @@
-"""Metrics of a set of clips and the table of them: event F1, exact match, order accuracy, scores, and audio sanity.
+"""Metrics of a set of clips and the table of them: event F1, exact match, order accuracy, scores, audio sanity, variety.
 
-Each metric is a sum over clips divided by a sum over clips, so one bootstrap serves all of them. Counts per clip come
-from the judge (`judge.py`), rows from the benchmark (`ttabench.py`), intervals from `stats.py`.
+Each metric of rows is a sum over clips divided by a sum over clips, so one bootstrap serves all of them. Counts per clip come
+from the judge (`judge.py`), rows from the benchmark (`ttabench.py`), intervals from `stats.py`. Duplicates and diversity look at
+pairs of clips of one set; sets against real ones are in `distance.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import pandas as pd
 
 from resonate_lib import audio as audio_io
 from resonate_lib.evaluation import stats
+from resonate_lib.evaluation.embedders import Clips
 
 NAN = float("nan")
+DUPLICATE = 0.9  # cosine of fingerprints
+CHUNK = 1024  # clips compared with all others at a time
 SUMMARY_COLUMNS = ("metric", "mean", "low", "high", "n", "prompts", "seeds")
 
 Parts = tuple[np.ndarray, np.ndarray]
@@ -127,10 +131,82 @@ def sanity(waveforms, sample_rate: int) -> dict[str, np.ndarray]:
 
     Look at the sound before any clamp. Loudness is nan for silence and for clips under 0.4 s.
     """
+    peaks = np.array([audio_io.peak_dbfs(w) for w in waveforms])
     long_enough = waveforms.shape[-1] >= 0.4 * sample_rate
     return {
-        "peak_dbfs": np.array([audio_io.peak_dbfs(w) for w in waveforms]),
-        "silent": np.array([audio_io.is_silent(w) for w in waveforms]),
+        "peak_dbfs": peaks,
+        "silent": peaks < audio_io.SILENCE_DBFS,
         "clipping": np.array([audio_io.is_clipping(w) for w in waveforms]),
-        "loudness": np.array([audio_io.loudness(w, sample_rate) if long_enough else NAN for w in waveforms]),
+        "loudness": audio_io.loudness_each(waveforms, sample_rate) if long_enough else np.full(len(waveforms), NAN),
     }
+
+
+def nearest_cosine(vectors) -> np.ndarray:
+    """The highest cosine of each vector (M, D) to another one of the set (M,); of a vector of zeros it is 0."""
+    vectors = _unit(vectors)
+    if len(vectors) < 2:
+        raise ValueError(f"{len(vectors)} clips: whether one is like another takes two or more")
+    found = []
+    for start in range(0, len(vectors), CHUNK):
+        cosines = vectors[start : start + CHUNK] @ vectors.T
+        cosines[np.arange(len(cosines)), start + np.arange(len(cosines))] = -1  # itself
+        found.append(cosines.max(axis=1))
+    return np.concatenate(found)
+
+
+def duplicates(prints, *, threshold: float = DUPLICATE) -> np.ndarray:
+    """Which clips have a near-identical one in their set (M,) bool: fingerprints (M, D) with a cosine of `threshold` or more.
+
+    prints: `embedders.fingerprint` of all clips of one system, whatever prompt or noise they came from. Silent clips are no
+    copies of each other: they are counted as silent.
+    """
+    return nearest_cosine(prints) >= threshold
+
+
+def duplicate_share(found, ids) -> stats.Interval:
+    """The share of clips that have a duplicate, with a 95 % interval; found (M,) bool as of `duplicates`, ids (M,) prompts.
+
+    Duplicates come two at a time, or a prompt at a time, so the clips are not independent: Wilson's interval with half as many
+    trials as clips, or with the number of prompts where that is less. The share grows with the number of clips: compare equal ones.
+    """
+    found = np.asarray(found, bool)
+    trials = min(len(found) / 2, len(set(ids)))
+    return stats.wilson(found.mean() * trials, trials) if len(found) else stats.Interval(NAN, NAN, NAN)
+
+
+def diversity(vectors, ids, *, n: int = 2000, seed: int = 0) -> stats.Interval:
+    """Mean of 1 - cosine over pairs of clips of one prompt, then over prompts, with a bootstrap interval over prompts.
+
+    vectors (M, D): any embedding; ids (M,). Prompts with one clip do not count; nan where no prompt has two.
+    """
+    ids, vectors = np.asarray(ids), _unit(vectors)
+    values = []
+    for identity in np.unique(ids):
+        siblings = vectors[ids == identity]
+        if (count := len(siblings)) > 1:
+            values.append(1 - ((siblings.sum(axis=0) ** 2).sum() - (siblings**2).sum()) / (count * (count - 1)))
+    return stats.bootstrap_mean(values, n=n, seed=seed)
+
+
+def _unit(vectors) -> np.ndarray:
+    vectors = np.asarray(vectors, float)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def variety_table(prints: Sequence[Clips], sounds: Sequence[Clips], *, n: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """One line a system: the share of its clips that have a duplicate, and the diversity of siblings, with 95 % intervals.
+
+    prints: fingerprints of each system's clips; sounds: the same clips in the space that diversity is measured in.
+    Columns: system, clips, prompts, threshold, duplicates, duplicates_low, duplicates_high, embedding, diversity, diversity_low,
+    diversity_high.
+    """
+    lines = []
+    for print_, sound in zip(prints, sounds, strict=True):
+        if (print_.name, len(print_.ids)) != (sound.name, len(sound.ids)):
+            raise ValueError(f"fingerprints of {print_.name!r} beside vectors of {sound.name!r}: pass the same sets in one order")
+        share = duplicate_share(duplicates(print_.vectors), print_.ids)
+        spread = diversity(sound.vectors, sound.ids, n=n, seed=seed)
+        line = {"system": sound.name, "clips": len(sound.ids), "prompts": len(set(sound.ids)), "threshold": DUPLICATE}
+        line |= dict(zip(("duplicates", "duplicates_low", "duplicates_high"), share, strict=True)) | {"embedding": sound.embedding}
+        lines.append(line | dict(zip(("diversity", "diversity_low", "diversity_high"), spread, strict=True)))
+    return pd.DataFrame(lines)
