@@ -24,7 +24,6 @@ MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 SILENCE_DBFS = -50.0
 CLIPPING_LEVEL = 0.999
 CLIPPING_RUN = 3
-LOUDNESS_BATCH = 32  # clips measured at once
 MAX_GAIN = 10 ** (30 / 20)  # a comparison of near-silent clips must not be blown up to full-scale noise
 
 
@@ -143,27 +142,19 @@ def resample(waveform, from_rate: int, to_rate: int) -> torch.Tensor:
 def loudness(waveform, sample_rate: int) -> float:
     """Integrated loudness of one clip (T,) in LUFS (ITU-R BS.1770); nan for silence.
 
+    torchaudio clamps its filters at ±1, which puts loud clips up to 0.3 LU low: they are scaled down to be measured.
+
     Raises ValueError under 0.4 s: the measure gates blocks of that length.
     """
-    return float(loudness_each(torch.as_tensor(waveform).reshape(1, -1), sample_rate)[0])
-
-
-def loudness_each(waveforms, sample_rate: int) -> np.ndarray:
-    """`loudness` of every clip of (B, T): (B,) float64.
-
-    torchaudio clamps its filters at ±1, which puts loud clips up to 0.3 LU low: they are scaled down to be measured.
-    """
-    waveforms = torch.as_tensor(waveforms).detach().to("cpu", torch.float32)
-    seconds = waveforms.shape[-1] / sample_rate
+    waveform = torch.as_tensor(waveform).detach().to("cpu", torch.float32)
+    seconds = waveform.shape[-1] / sample_rate
     if seconds < 0.4:
         raise ValueError(f"clip of {seconds:.3f} s: loudness needs at least 0.4 s; pad the clip or measure its peak")
-    found = []
-    for part in waveforms.split(LOUDNESS_BATCH):
-        scale = (part.abs().amax(dim=1, keepdim=True) / 0.25).clamp(min=1.0)
-        values = torchaudio.functional.loudness((part / scale)[:, None], int(sample_rate)).double()
-        found.append(values + 20 * torch.log10(scale[:, 0].double()))
-    values = torch.cat(found).numpy() if found else np.zeros(0)
-    return np.where(np.isfinite(values), values, np.nan)
+    if not waveform.any():
+        return float("nan")
+    scale = max(1.0, float(waveform.abs().max()) / 0.25)
+    value = float(torchaudio.functional.loudness(waveform.reshape(1, -1) / scale, int(sample_rate)))
+    return value + 20 * float(np.log10(scale)) if np.isfinite(value) else float("nan")
 
 
 def peak_dbfs(waveform) -> float:

@@ -61,11 +61,12 @@ def frechet_table(
 ) -> pd.DataFrame:
     """One line a system: its Fréchet distance from the reference with a 95 % interval, and all that such a number must state.
 
-    second: other real clips, as many as a system has, best of the same prompts; the floor is their distance from the reference.
-    Without them the floor is that of two halves of the reference, which fewer clips make larger. gain: distance minus that of
-    `base`, negative where nearer to the reference. unbiased: the distance extrapolated to endlessly many clips (the jackknife's
-    estimate, off by the order of 1/M² instead of 1/M; may be negative).
-    Intervals: jackknife over `blocks` blocks of prompts, left out of all sets at once (so a gain is paired), with Student's t.
+    second: other real clips, as many as a system has and best of the systems' prompts; the floor is their distance from the
+    reference. Without them it is that of two halves of the reference, which is far larger, as other prompts and half as many clips
+    make it: 0.08 instead of 0.005 for 200 scenes and a CLAP. gain: distance minus that of `base`, negative where nearer to the
+    reference. unbiased: the distance for endlessly many clips (the jackknife's estimate: off by about 1/M² instead of 1/M; may be
+    negative). Intervals: jackknife over `blocks` blocks of prompts, left out of all sets at once (so a gain is paired), with
+    Student's t; that of `distance` is about what so many clips give on average, that of `unbiased` about the truth.
     Columns: embedding, system, reference, clips, reference_clips, prompts, seconds, distance, low, high, floor, floor_low,
     floor_high, floor_sets, floor_clips, gain, gain_low, gain_high, unbiased, unbiased_low, unbiased_high.
     Warns where a set has no more clips than dimensions. ValueError for sets that cannot be compared.
@@ -76,7 +77,7 @@ def frechet_table(
     if second is not None and np.array_equal(second.vectors, reference.vectors):
         raise ValueError(f"{second.name!r} are the reference's own clips: pass other real clips, or None for its halves")
     real = _halves(reference, seed) if second is None else (reference, second)
-    sets = {clips.name: clips for clips in (*systems, reference, *real)}
+    sets = {clips.name: clips for clips in (*real, reference, *systems)}
     _warn_of_few(sets.values())
     block = _blocks(sets.values(), blocks, seed)
     fits = {name: _leave_out(clips, block) for name, clips in sets.items()}
@@ -140,10 +141,13 @@ def _warn_of_few(sets: Iterable[Clips]) -> None:
 
 
 def _blocks(sets: Iterable[Clips], blocks: int, seed: int) -> dict:
-    """{prompt: number of its block}, at random and the same for all sets, so that sets of the same prompts lose the same ones."""
-    ids = np.unique(np.concatenate([clips.ids.astype(str) for clips in sets]))
-    order = np.random.default_rng([seed, 62]).permutation(len(ids))
-    return {str(identity): int(place) % min(blocks, len(ids)) for identity, place in zip(ids, order, strict=True)}
+    """{prompt: number of its block}: at random, one for all sets, so that sets of the same prompts lose the same ones, and set by
+    set, so that each loses about as many clips with every block."""
+    rng, order = np.random.default_rng([seed, 62]), {}
+    for clips in sets:
+        new = [identity for identity in np.unique(clips.ids.astype(str)) if identity not in order]
+        order |= {str(identity): len(order) + place for place, identity in enumerate(rng.permutation(new))}
+    return {identity: place % min(blocks, len(order)) for identity, place in order.items()}
 
 
 def _leave_out(clips: Clips, block: dict) -> list[Gaussian | None]:

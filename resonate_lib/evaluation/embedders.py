@@ -25,7 +25,7 @@ from resonate_lib.rewards.base import to_clip
 CHUNK = 64  # clips that are heard together
 FINGERPRINT = "fingerprint"
 PRINT_RATE, PRINT_HOP, PRINT_BANDS = 16000, 1280, 32  # Hz, samples (12.5 frames a second), mel bands
-PRINT_RANGE = 40.0  # dB under the clip's peak: what is quieter counts as silence
+PRINT_RANGE = 30.0  # dB under the clip's peak: what is quieter counts as silence
 
 
 @dataclass(frozen=True)
