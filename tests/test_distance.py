@@ -73,13 +73,15 @@ def test_the_table_states_all_that_a_distance_needs():
     table = distance.frechet_table([base, better], reference, second)
     assert tuple(table.columns) == distance.FRECHET_COLUMNS
     line = table.set_index("system").loc["tuned"]
-    assert line["embedding"] == "toy" and line["reference"] == "originals" and line["seconds"] == 4
+    assert line["embedding"] == "toy" and line["reference"] == "originals" and line["clip_seconds"] == 4
     assert (line["clips"], line["reference_clips"], line["floor_clips"], line["prompts"]) == (40, 40, 40, 40)
     assert (line["distance"], line["floor"]) == pytest.approx((1, 0.25), abs=1e-9)
     assert line["floor_sets"] == "originals and more"
     assert line["gain"] == pytest.approx(1 - 4, abs=1e-9) and line["gain_low"] < -3 < line["gain_high"] < 0
     assert line["low"] < line["distance"] < line["high"] and line["floor_low"] < line["floor"] < line["floor_high"]
     assert np.isnan(table["gain"][0])
+    fewer = clips("tuned", better.vectors[:30])
+    assert np.isnan(distance.frechet_table([base, fewer], reference, second)["gain"]).all()  # 40 clips against 30
 
 
 def test_without_a_second_set_the_floor_is_that_of_halves():
@@ -280,12 +282,11 @@ def test_heard_clips_are_found_again_by_rows_in_any_order():
         heard.clips(rows, "clap", "base")
 
 
-def test_numbers_of_sounds_survive_a_csv(tmp_path):
-    heard = Heard([])
-    sounds = heard.scores(torch.randn(50, 100), 100)["sound"]
-    pd.DataFrame({"sound": sounds.numpy()}).to_csv(tmp_path / "rows.csv", index=False)
-    assert pd.read_csv(tmp_path / "rows.csv")["sound"].tolist() == sounds.tolist()
-    assert len(set(sounds.tolist())) == 50
+def test_a_sound_has_one_number_and_other_sounds_have_others():
+    heard, sounds = Heard([]), torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
+    numbers = heard.scores(sounds, 100)["sound"]
+    assert len(set(numbers.tolist())) == 50 and all(number == int(number) for number in numbers.tolist())
+    assert heard.scores(sounds.flip(0).clone(), 100)["sound"].flip(0).tolist() == numbers.tolist()
 
 
 def test_zero_shot_is_the_scaled_cosine_to_each_phrase():

@@ -64,11 +64,11 @@ def frechet_table(
     second: other real clips, as many as a system has and best of the systems' prompts; the floor is their distance from the
     reference. Without them it is that of two halves of the reference, which is far larger, as other prompts and half as many clips
     make it: 0.08 instead of 0.005 for 200 scenes and a CLAP. gain: distance minus that of `base`, negative where nearer to the
-    reference. unbiased: the distance for endlessly many clips (the jackknife's estimate: off by about 1/M² instead of 1/M; may be
+    reference (nan for another number of clips, which alone moves it). unbiased: the distance for endlessly many clips (the jackknife's estimate: off by about 1/M² instead of 1/M; may be
     negative). Intervals: jackknife over `blocks` blocks of prompts, left out of all sets at once (so a gain is paired), with
     Student's t; that of `distance` is about what so many clips give on average, that of `unbiased` about the truth.
-    Columns: embedding, system, reference, clips, reference_clips, prompts, seconds, distance, low, high, floor, floor_low,
-    floor_high, floor_sets, floor_clips, gain, gain_low, gain_high, unbiased, unbiased_low, unbiased_high.
+    Columns: embedding, system, reference, clips, reference_clips, prompts, clip_seconds, distance, low, high, floor,
+    floor_low, floor_high, floor_sets, floor_clips, gain, gain_low, gain_high, unbiased, unbiased_low, unbiased_high.
     Warns where a set has no more clips than dimensions. ValueError for sets that cannot be compared.
     """
     if not systems:
@@ -83,22 +83,22 @@ def frechet_table(
     fits = {name: _leave_out(clips, block) for name, clips in sets.items()}
     floor = _distances(fits[real[0].name], fits[real[1].name])
     found = {clips.name: _distances(fits[clips.name], fits[reference.name]) for clips in systems}
-    stated = {"reference": reference.name, "reference_clips": len(reference.ids), "seconds": reference.seconds}
+    stated = {"reference": reference.name, "reference_clips": len(reference.ids), "clip_seconds": reference.seconds}
     stated |= _three("floor", _jackknife(floor))
     stated |= {"floor_sets": f"{real[0].name} and {real[1].name}", "floor_clips": len(real[1].ids)}
+    rivals = {clips.name for clips in systems if clips.name != base and base in sets and len(clips.ids) == len(sets[base].ids)}
     lines = []
     for clips in systems:
         values = found[clips.name]
-        gain = values - found[base] if base in found and clips.name != base else None
         line = {"embedding": clips.embedding, "system": clips.name, "clips": len(clips.ids), "prompts": len(set(clips.ids))}
         line |= dict(zip(("distance", "low", "high"), _jackknife(values), strict=True)) | stated
-        line |= _three("gain", NONE if gain is None else _jackknife(gain))
+        line |= _three("gain", _jackknife(values - found[base]) if clips.name in rivals else NONE)
         lines.append(line | _three("unbiased", _jackknife(values, corrected=True)))
     return pd.DataFrame(lines)[list(FRECHET_COLUMNS)]
 
 
 FRECHET_COLUMNS = (
-    *("embedding", "system", "reference", "clips", "reference_clips", "prompts", "seconds", "distance", "low", "high"),
+    *("embedding", "system", "reference", "clips", "reference_clips", "prompts", "clip_seconds", "distance", "low", "high"),
     *("floor", "floor_low", "floor_high", "floor_sets", "floor_clips", "gain", "gain_low", "gain_high"),
     *("unbiased", "unbiased_low", "unbiased_high"),
 )
@@ -219,7 +219,7 @@ def kl_table(
 
     Vectors are class logits (`embedders.judge_events`, `embedders.zero_shot`). reference: one original a prompt; second: another
     original of every prompt, whose KL is the floor (nan without). gain: paired difference to `base`, negative where nearer.
-    Columns: posteriors, kind, system, reference, clips, prompts, seconds, kl, low, high, floor, floor_low, floor_high, gain,
+    Columns: posteriors, kind, system, reference, clips, prompts, clip_seconds, kl, low, high, floor, floor_low, floor_high, gain,
     gain_low, gain_high. ValueError for a prompt without an original, and for sets that cannot be compared.
     """
     if not systems:
@@ -235,7 +235,7 @@ def kl_table(
             gain = stats.paired_bootstrap(found[clips.name], found[base], clips.ids, n=n, seed=seed)
         mean = stats.bootstrap_mean(found[clips.name], clips.ids, n=n, seed=seed)
         line = {"posteriors": clips.embedding, "kind": kind, "system": clips.name, "reference": reference.name}
-        line |= {"clips": len(clips.ids), "prompts": len(set(clips.ids)), "seconds": clips.seconds}
+        line |= {"clips": len(clips.ids), "prompts": len(set(clips.ids)), "clip_seconds": clips.seconds}
         line |= dict(zip(("kl", "low", "high"), mean, strict=True))
         lines.append(line | _three("floor", floor) | _three("gain", gain))
     return pd.DataFrame(lines)

@@ -103,12 +103,11 @@ def _scene(audio: Tensor, sample_rate: int) -> Tensor:
 def fingerprint() -> Embedder:
     """Unit vectors whose cosine says whether two clips are one sound, whatever their gain: how the level of each of 32 mel bands
     moves about its own mean over time, at 12.5 Hz. Silent clips give zeros."""
-    return Embedder(FINGERPRINT, lambda *sound: _prints(*sound))
+    return Embedder(FINGERPRINT, lambda audio, sample_rate: torch.cat([_prints(part, sample_rate) for part in audio.split(CHUNK)]))
 
 
 def _prints(audio: Tensor, sample_rate: int) -> Tensor:
-    audio = torchaudio.functional.resample(audio.float().cpu(), int(sample_rate), PRINT_RATE)
-    mel = torch.cat([_mel()(part) for part in audio.split(CHUNK)])
+    mel = _mel()(torchaudio.functional.resample(audio.float().cpu(), int(sample_rate), PRINT_RATE))
     peak = mel.amax(dim=(1, 2), keepdim=True).clamp(min=1e-10)
     level = (20 * torch.log10(mel / peak)).clamp(min=-PRINT_RANGE)
     return F.normalize((level - level.mean(dim=2, keepdim=True)).flatten(1), dim=-1)
@@ -130,7 +129,7 @@ class Heard:
     """A scorer of `ttabench.evaluate` that keeps what embedders hear of every clip, to be asked for by rows later.
 
     Its one column, `sound`, is a number made of the clip's own samples (48 bits of their hash), so rows may be sorted, dropped
-    and joined, and rows of clips it has not heard are an error.
+    and joined, and rows of clips it has not heard are an error. It is of no use in a file: what was heard is not kept there.
     """
 
     def __init__(self, embedders: Sequence[Embedder]):
