@@ -64,9 +64,10 @@ def frechet_table(
     second: other real clips, as many as a system has and best of the systems' prompts; the floor is their distance from the
     reference. Without them it is that of two halves of the reference, which is far larger, as other prompts and half as many clips
     make it: 0.08 instead of 0.005 for 200 scenes and a CLAP. gain: distance minus that of `base`, negative where nearer to the
-    reference (nan for another number of clips, which alone moves it). unbiased: the distance for endlessly many clips (the jackknife's estimate: off by about 1/M² instead of 1/M; may be
-    negative). Intervals: jackknife over `blocks` blocks of prompts, left out of all sets at once (so a gain is paired), with
-    Student's t; that of `distance` is about what so many clips give on average, that of `unbiased` about the truth.
+    reference; nan for another number of clips than base's, which alone would move it. unbiased: the distance for endlessly many
+    clips (the jackknife's estimate: off by about 1/M² instead of 1/M; may be negative).
+    Intervals: jackknife over `blocks` blocks of prompts, left out of all sets at once (so a gain is paired), with Student's t;
+    that of `distance` is about what so many clips give on average, that of `unbiased` about the truth.
     Columns: embedding, system, reference, clips, reference_clips, prompts, clip_seconds, distance, low, high, floor,
     floor_low, floor_high, floor_sets, floor_clips, gain, gain_low, gain_high, unbiased, unbiased_low, unbiased_high.
     Warns where a set has no more clips than dimensions. ValueError for sets that cannot be compared.
