@@ -90,8 +90,9 @@ def write(path: str | os.PathLike, waveform, sample_rate: int) -> Path:
     return path
 
 
-def encode(waveform, sample_rate: int, suffix: str = ".mp3") -> bytes:
-    """The bytes of an audio file with this mono waveform (T,), clamped to ±1. suffix: .flac, .wav or .mp3."""
+def encode(waveform, sample_rate: int, suffix: str = ".mp3", *, comment: str = "") -> bytes:
+    """The bytes of an audio file with this mono waveform (T,), clamped to ±1. suffix: .flac, .wav or .mp3; comment: of its
+    metadata."""
     samples = np.clip(_samples(waveform), -1.0, 1.0)
     if suffix == ".mp3" and sample_rate not in MP3_RATES:
         raise ValueError(f"sample_rate={sample_rate}: mp3 allows {MP3_RATES}; use audio.resample first, or write flac")
@@ -99,8 +100,21 @@ def encode(waveform, sample_rate: int, suffix: str = ".mp3") -> bytes:
     options = {"subtype": "PCM_16"}
     if suffix == ".mp3":  # about 64 kbit/s at 16 kHz; the default, half of that, is heard on noisy events
         options = {"subtype": "MPEG_LAYER_III", "bitrate_mode": "CONSTANT", "compression_level": 0.6}
-    soundfile.write(buffer, samples, int(sample_rate), format=FORMATS[suffix], **options)
+    with soundfile.SoundFile(buffer, "w", int(sample_rate), 1, format=FORMATS[suffix], **options) as file:
+        if comment:
+            file.comment = comment  # before the samples: the header is written with the first of them
+        file.write(samples)
     return buffer.getvalue()
+
+
+def decode(data: bytes) -> tuple[torch.Tensor, int, str]:
+    """The mono waveform (T,) float32, sample rate and comment of what `encode` gave. ValueError where it cannot be read; a file
+    cut off between two frames can, and is shorter."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return torch.from_numpy(file.read(dtype="float32")), file.samplerate, file.comment
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise ValueError(f"not readable as audio ({' '.join(str(error).split())}); make it again") from None
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:

@@ -312,7 +312,8 @@ class EvalConfig(Config):
     prompts: int = knob(128, low=2)  # held-out test prompts
     samples_per_prompt: int = knob(2, low=1)
     num_steps: int = knob(25, low=1, high=1000)
-    guidance_scales: tuple[float, ...] = knob((1.0, 2.0, 3.0), low=0, high=20)  # tried on validation
+    guidance: tuple[float, ...] = knob((1.0,), low=0, high=20)  # all systems are compared at each of these, and at their own best
+    guidance_scales: tuple[float, ...] = knob((1.0, 2.0, 3.0), low=0, high=20)  # of which the best is picked, on validation
     validation_prompts: int = knob(48, low=2)
     best_of: int = knob(4, low=1)  # clips per prompt in the best-of row
     part_prompts: int = knob(20, low=2)  # prompts of the generalization and of the robustness part
@@ -320,6 +321,10 @@ class EvalConfig(Config):
     bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval
     batch_size: int = knob(32, low=1)
     tta_bench: str = ""  # folder with the published benchmark's files; empty: the embedded one
+
+    def check(self) -> None:
+        if self.guidance[:1] != (1.0,) or len(set(self.guidance)) < len(self.guidance):
+            raise ValueError(f"guidance={self.guidance}: begin with 1, which the figures show, and name each once, such as 1,4.5")
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def checks() -> list[Check]:
         ),
         _disk("results", os.environ.get("RESONATE_RESULTS") or CHECKOUT / "results", "RESONATE_RESULTS"),
         _disk("cache", os.environ.get("RESONATE_CACHE") or CHECKOUT / ".cache", "RESONATE_CACHE"),
+        _clips(),
         _notebooks(),
         *_torch(),
     ]
@@ -148,6 +149,14 @@ def _disk(name: str, folder: str | os.PathLike, variable: str) -> Check:
         return Check(name, "bad", f"{path} cannot be written", remedy)
     free = shutil.disk_usage(here).free / 2**30
     return Check(name, "ok" if free >= 1.2 else "bad", f"{path}, {free:.1f} GB free", remedy)
+
+
+def _clips() -> Check:
+    """How much of the cache is generated clips (`evaluation.clips`), the part that grows with every model."""
+    folder = (Path(os.environ.get("RESONATE_CACHE") or CHECKOUT / ".cache") / "clips").resolve()
+    sizes = [path.stat().st_size for path in folder.glob("*/*.flac")]
+    kept = f"{len(sizes)} of the benchmark kept, {sum(sizes) / 1e9:.2f} GB"
+    return Check("clips", "ok", f"{kept}; delete {folder} to make room: they are made again when needed")
 
 
 def _notebooks() -> Check:

@@ -81,24 +81,26 @@ def evaluate_all(
     records: Sequence[dict],
     scorers: Mapping,
     *,
+    guidance: Sequence[float] = (1.0,),
     best: Mapping[str, float] | None = None,
     best_of: int = 0,
     metric: str = EVENTS[0],
     say: Callable[[str], None] = print,
     **settings,
 ) -> pd.DataFrame:
-    """Rows of every system at guidance 1, and again at its own `best` guidance as the setting "best guidance".
+    """Rows of every system at each of `guidance` (settings such as "guidance 1"), and again at its own `best` guidance as the
+    setting "best guidance".
 
     metric: what the lines of progress tell. best_of >= 2 adds the base's best of that many by `reward`. A system whose best
-    guidance is 1 is not generated twice.
-    settings: as for `ttabench.evaluate` (num_steps, seed, samples_per_prompt, batch_size, decode_iterations).
+    guidance is one of `guidance` is not generated twice.
+    settings: as for `ttabench.evaluate` (num_steps, seed, samples_per_prompt, batch_size, decode_iterations, store).
     """
     tasks = [(name, generator, 1) for name, generator in systems.items()]
     if best_of >= 2:
         tasks.insert(1, (f"best of {best_of}", systems[report.BASE], best_of))
     tables = []
     for name, generator, candidates in tasks:
-        scales = {"guidance 1": 1.0}
+        scales = {f"guidance {scale:g}": float(scale) for scale in guidance}
         if best is not None:
             scales[BEST] = best[name if name in best else report.BASE]
         done: dict[float, pd.DataFrame] = {}
@@ -110,8 +112,8 @@ def evaluate_all(
             tables.append(done[scale].assign(setting=setting))
             say(f"{name}, {setting} ({scale:g}): {metric} {metrics.measure(tables[-1], metric, n=2).mean:.3f}")
     rows = pd.concat(tables, ignore_index=True)
-    order = {"guidance 1": 0, BEST: 1}
-    return rows.sort_values("setting", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    order = [f"guidance {scale:g}" for scale in guidance] + [BEST]
+    return rows.sort_values("setting", key=lambda column: column.map(order.index), kind="stable", ignore_index=True)
 
 
 def robustness(rows: pd.DataFrame, clean: pd.DataFrame, *, names: Sequence[str] = EVENTS, n: int = 2000) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ import torch
 
 from resonate_lib.data import prompts as prompt_sets
 from resonate_lib.evaluation import metrics
+from resonate_lib.evaluation.clips import Shelf, Store, Wanted
 from resonate_lib.evaluation.report import (
     ALTERNATIVES,
     BASE,
@@ -89,6 +90,7 @@ def evaluate(
     network=None,
     label: str = BASE,
     setting: str | None = None,
+    store: Store | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Generate and score every prompt; one row per prompt and sample with the columns of COLUMNS.
@@ -98,40 +100,76 @@ def evaluate(
     scorers: name -> reward (its .scores (B,) fill the column of that name), name -> judge (an object with
     score(audio, metadata) -> dict of (B,) columns; one judge at most), or name -> an object with scores(audio, sample_rate) ->
     dict of columns (`aesthetics.Aesthetics`).
+    store: clips found there are not generated, those made are put there, and scorers hear what its 16-bit files hold; the same
+    call, interrupted and repeated, ends with the same files and rows. None keeps nothing.
     best_of: the candidate with the highest `select` is kept; candidate 0 has the noise of best_of=1.
     setting: what is compared, such as "best guidance" (default "guidance <scale>").
     progress(done, total): called after each batch, in clips.
     Raises ValueError for no records, double ids, or a `select` that no reward gives.
     """
     _check(records, scorers, samples_per_prompt, best_of, select)
-    tasks = [(record, sample) for record in records for sample in range(samples_per_prompt)]
+    tasks = [
+        (record, sample, _wanted(record, sample, seed, samples_per_prompt, best_of))
+        for record in records
+        for sample in range(samples_per_prompt)
+    ]
     chunk = max(1, batch_size // best_of)
     tables = []
     with torch.no_grad(), _swapped(generator, network):
+        settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "decode_iterations": decode_iterations}
+        shelf = store.shelf(generator, **settings) if store is not None else None
+        if shelf is not None:
+            _encode(generator, shelf, list(chain(*(candidates for *_, candidates in tasks))))
         for start in range(0, len(tasks), chunk):
-            batch, samples = (list(part) for part in zip(*tasks[start : start + chunk], strict=True))
-            seeds = [
-                noise_seed(seed, record["id"], sample + samples_per_prompt * candidate)
-                for record, sample in zip(batch, samples, strict=True)
-                for candidate in range(best_of)
-            ]
-            repeated = [record for record in batch for _ in range(best_of)]
-            latents = generator.generate(
-                [record["prompt_text"] for record in repeated],
-                steps=num_steps,
-                guidance_scale=guidance_scale,
-                seeds=seeds,
-            )
-            audio = generator.decode(latents, iterations=decode_iterations, limit=False)
+            batch, samples, candidates = (list(part) for part in zip(*tasks[start : start + chunk], strict=True))
+            wanted = list(chain(*candidates))
+            audio, before = _sound(generator, wanted, shelf, **settings)
+            seeds = [clip.seed for clip in wanted]
             if best_of > 1:
+                repeated = [record for record in batch for _ in range(best_of)]
                 best = _best(scorers[select], within_full_scale(audio), generator.sample_rate, repeated, best_of)
                 audio, seeds = audio[best], [seeds[i] for i in best]
-            table = score_clips(audio, batch, scorers, sample_rate=generator.sample_rate, label=label, samples=samples)
+                before = before and {name: values[best] for name, values in before.items()}
+            table = score_clips(
+                audio, batch, scorers, sample_rate=generator.sample_rate, label=label, samples=samples, before=before
+            )
             tables.append(table.assign(noise_seed=seeds))
             if progress is not None:
                 progress(min(start + chunk, len(tasks)), len(tasks))
     rows = pd.concat(tables, ignore_index=True)
     return rows.assign(setting=setting or f"guidance {guidance_scale:g}", guidance=float(guidance_scale), seed=seed)
+
+
+def _wanted(record: dict, sample: int, seed: int, samples_per_prompt: int, best_of: int) -> list[Wanted]:
+    """The candidates for one row; the first is the clip of best_of=1."""
+    indices = [sample + samples_per_prompt * candidate for candidate in range(best_of)]
+    return [Wanted(record["id"], i, record["prompt_text"], noise_seed(seed, record["id"], i)) for i in indices]
+
+
+def _encode(generator, shelf: Shelf, wanted: Sequence[Wanted]) -> None:
+    """Encode all prompts where any clip is to be made: in the same batches, so with the same rounding, however much of it an
+    interrupted call has left to do."""
+    if all(shelf.has(clip) for clip in wanted):
+        return
+    texts = list(dict.fromkeys(clip.prompt for clip in wanted))
+    for start in range(0, len(texts), 64):
+        generator.encode_prompts(texts[start : start + 64])
+
+
+def _sound(
+    generator, wanted: Sequence[Wanted], shelf: Shelf | None, *, num_steps: int, guidance_scale: float, decode_iterations: int
+) -> tuple[torch.Tensor, dict[str, np.ndarray] | None]:
+    """Clips (B, T), from the shelf where they are there. Without one as the model gives them, over full scale perhaps, and None
+    in place of what was true before they were limited."""
+
+    def make(indices) -> torch.Tensor:
+        prompts, seeds = [wanted[i].prompt for i in indices], [wanted[i].seed for i in indices]
+        latents = generator.generate(prompts, steps=num_steps, guidance_scale=guidance_scale, seeds=seeds)
+        return generator.decode(latents, iterations=decode_iterations, limit=False)
+
+    if shelf is None:
+        return make(range(len(wanted))), None
+    return shelf.fetch(wanted, make, generator.sample_rate)
 
 
 def score_clips(
@@ -143,10 +181,12 @@ def score_clips(
     label: str = ORIGINALS,
     seed: int = 0,
     samples=None,
+    before: Mapping[str, np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """Score given clips (B, T) against their records, one row each: originals (the judge's ceiling) or any sound.
 
     Clipping and peak are those before the one gain that brings a clip over full scale down; scorers hear it after.
+    before: peak_dbfs, clipping and gain (B,) of clips that `clips.Store` has limited already.
     samples: the sample index of each clip (default 0). setting is "originals", guidance and noise_seed are nan.
     """
     if len(audio) != len(records):
@@ -163,7 +203,11 @@ def score_clips(
                     f"scorer {name!r} gives {column!r}, which another column holds; rename it or use one judge"
                 )
             columns[column] = values
-    columns.update(metrics.sanity(loud, sample_rate))
+    sound = metrics.sanity(loud, sample_rate)
+    if before is not None:
+        loudness = sound["loudness"] - 20 * np.log10(before["gain"])
+        sound |= {"peak_dbfs": before["peak_dbfs"], "clipping": before["clipping"], "loudness": loudness}
+    columns.update(sound)
     table = pd.DataFrame(columns, index=range(len(records)))
     extra = [name for name in table.columns if name not in COLUMNS]
     return table.reindex(columns=[*COLUMNS, *extra])
