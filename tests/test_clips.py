@@ -112,7 +112,7 @@ def test_a_file_says_what_it_is(tmp_path):
     told = {"id": "prompt_0000", "sample": 0, "prompt": "text 0", "seed": row["noise_seed"], "guidance": 4.5, "steps": 25}
     assert facts.items() >= told.items()
     amplitude = 1.5 * torch.rand(1, generator=torch.Generator().manual_seed(facts["seed"])).item()
-    sine = amplitude * np.sin(np.arange(RATE // 2) * 0.3)
+    sine = amplitude * torch.sin(torch.arange(RATE // 2) * 0.3).numpy()
     assert facts["peak_dbfs"] == pytest.approx(20 * math.log10(amplitude), abs=1e-3) and facts["clipping"] == (amplitude > 1.02)
     gain = min(1, 0.99 / np.abs(sine).max())
     assert facts["gain"] == pytest.approx(gain, rel=1e-4) and np.abs(samples - 32768 * gain * sine).max() < 1
@@ -172,7 +172,7 @@ def test_candidates_of_best_of_are_kept_and_the_plain_clip_is_one_of_them(tmp_pa
     assert alone["clipping"].equals(best["clipping"]) and np.allclose(alone["loudness"], best["loudness"], atol=1e-2)
 
 
-@pytest.mark.parametrize("stop", (1, 4, 5, 13, 19))
+@pytest.mark.parametrize("stop", (1, 4, 5, 13, 16))
 def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, stop):
     whole = run(Generator(), tmp_path / "whole", samples_per_prompt=2)
     first, second = Generator(), Generator()

@@ -28,6 +28,7 @@ from resonate_lib import audio as audio_io
 from resonate_lib import record, training
 from resonate_lib.models.codec import within_full_scale
 
+BEFORE = ("peak_dbfs", "clipping", "gain")  # facts of a clip that its samples no longer tell
 LEFT_OVER = 3600  # seconds after which an unfinished file belongs to no living process
 
 
@@ -122,30 +123,30 @@ class Shelf:
                 clips[index] = clip
         self.store.made += len(absent)
         self.store.found += len(wanted) - len(absent)
-        before = {name: np.array([facts[name] for _, facts in clips]) for name in ("peak_dbfs", "clipping", "gain")}
+        before = {name: np.array([facts[name] for _, facts in clips]) for name in BEFORE}
         return torch.stack([waveform for waveform, _ in clips]), before
 
     def read(self, clip: Wanted, sample_rate: int) -> tuple[torch.Tensor, dict] | None:
-        """The waveform (T,) and the facts of a stored clip; None where it is absent, damaged or not the clip it is called."""
+        """The waveform (T,) and BEFORE of a stored clip; None where it is absent, damaged or not the clip it is called."""
         try:
             waveform, rate, comment = audio_io.decode((self.folder / clip.file).read_bytes())
-            facts = _read_facts(comment)
+            facts = json.loads(comment)
             own = (facts["prompt"], facts["seed"], rate, facts["crc32"]) == (clip.prompt, clip.seed, sample_rate, _crc32(waveform))
-            return (waveform, facts) if own else None
+            return (waveform, _before(facts)) if own else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, wanted: Sequence[Wanted], loud: torch.Tensor, sample_rate: int) -> list[tuple[torch.Tensor, dict]]:
         """Store clips as the model gave them (B, T) and return what `read` gives of them."""
         gains = (0.99 / loud.abs().amax(dim=1)).clamp(max=1.0).tolist()
-        heard = (within_full_scale(loud) * 32768).round() / 32768  # what 16 bits hold
+        heard = (within_full_scale(loud) * 32768).round() / 32768 + 0.0  # what 16 bits hold, which is no -0.0
         out, files = [], []
         for clip, raw, waveform, gain in zip(wanted, loud, heard, gains, strict=True):
             peak = audio_io.peak_dbfs(raw)
             facts = {"peak_dbfs": peak if math.isfinite(peak) else None, "clipping": audio_io.is_clipping(raw), "gain": gain}
             comment = json.dumps(clip._asdict() | self.facts | facts | {"crc32": _crc32(waveform)})
             files.append((self.folder / clip.file, audio_io.encode(waveform, sample_rate, ".flac", comment=comment)))
-            out.append((waveform, _read_facts(comment)))
+            out.append((waveform, _before(json.loads(comment))))
         for path, data in files:  # all at once, so that an interruption seldom parts a batch
             _write(path, data)
         return out
@@ -182,10 +183,9 @@ def _crc32(waveform: torch.Tensor) -> int:
     return zlib.crc32(waveform.numpy())
 
 
-def _read_facts(comment: str) -> dict:
-    """The facts in a file's comment; JSON has no -inf, the peak of digital silence."""
-    facts = json.loads(comment)
-    return facts | {"peak_dbfs": -math.inf if facts["peak_dbfs"] is None else facts["peak_dbfs"]}
+def _before(facts: dict) -> dict:
+    """BEFORE of a file's facts; JSON has no -inf, the peak of digital silence."""
+    return {name: -math.inf if facts[name] is None else facts[name] for name in BEFORE}
 
 
 def _write(path: Path, data: bytes) -> None:
