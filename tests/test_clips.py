@@ -57,7 +57,7 @@ class Generator:
     def generate(self, prompts, *, steps, guidance_scale, seeds):
         if len(self.made) >= self.stop_after:
             raise KeyboardInterrupt
-        self.made += seeds
+        self.made += dict.fromkeys(seeds)  # a small batch is filled up
         return torch.cat([torch.rand(1, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
     def decode(self, latents, *, iterations, limit):
@@ -300,7 +300,7 @@ generator, log = Generator.load(SHIPPED / "base"), open(sys.argv[2], "a")
 generate = generator.generate
 
 def counted(texts, *, seeds, **settings):
-    print(*seeds, sep="\\n", file=log, flush=True)
+    print(*dict.fromkeys(seeds), sep="\\n", file=log, flush=True)
     return generate(texts, seeds=seeds, **settings)
 
 generator.generate = counted

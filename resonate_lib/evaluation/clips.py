@@ -107,22 +107,21 @@ class Shelf:
         return (self.folder / clip.file).is_file()
 
     def fetch(
-        self, wanted: Sequence[Wanted], make: Callable[[list[int]], torch.Tensor], sample_rate: int
+        self, wanted: Sequence[Wanted], make: Callable[[list[Wanted]], torch.Tensor], sample_rate: int
     ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
         """The clips (B, T) within full scale, and by name (B,) what was true before the gain that keeps them there: peak_dbfs,
         clipping, and that gain (1 for most).
 
-        make: indices into `wanted` of clips that are absent or damaged -> their sound (M, T) as the model gives it, not limited;
-        called at most once. OSError in one line where the disk is full.
+        make: clips that turn out to be damaged -> their sound (M, T) as the model gives it; called at most once.
         """
         clips = [self.read(clip, sample_rate) for clip in wanted]
-        absent = [index for index, clip in enumerate(clips) if clip is None]
-        if absent:
-            made = self.write([wanted[index] for index in absent], make(absent), sample_rate)
-            for index, clip in zip(absent, made, strict=True):
-                clips[index] = clip
-        self.store.made += len(absent)
-        self.store.found += len(wanted) - len(absent)
+        damaged = [clip for clip, found in zip(wanted, clips, strict=True) if found is None]
+        if damaged:
+            self.write(damaged, make(damaged), sample_rate)
+            self.store.found -= len(damaged)
+            clips = [found or self.read(clip, sample_rate) for clip, found in zip(wanted, clips, strict=True)]
+            if None in clips:
+                raise OSError(f"{self.folder}: a clip just written is not what is read back; check the disk, or set RESONATE_CACHE")
         before = {name: np.array([facts[name] for _, facts in clips]) for name in BEFORE}
         return torch.stack([waveform for waveform, _ in clips]), before
 
@@ -136,20 +135,19 @@ class Shelf:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, wanted: Sequence[Wanted], loud: torch.Tensor, sample_rate: int) -> list[tuple[torch.Tensor, dict]]:
-        """Store clips as the model gave them (B, T) and return what `read` gives of them."""
+    def write(self, wanted: Sequence[Wanted], loud: torch.Tensor, sample_rate: int) -> None:
+        """Store clips as the model gave them (B, T), brought within full scale. OSError in one line where the disk is full."""
         gains = (0.99 / loud.abs().amax(dim=1)).clamp(max=1.0).tolist()
         heard = (within_full_scale(loud) * 32768).round() / 32768 + 0.0  # what 16 bits hold, which is no -0.0
-        out, files = [], []
+        files = []
         for clip, raw, waveform, gain in zip(wanted, loud, heard, gains, strict=True):
             peak = audio_io.peak_dbfs(raw)
             facts = {"peak_dbfs": peak if math.isfinite(peak) else None, "clipping": audio_io.is_clipping(raw), "gain": gain}
             comment = json.dumps(clip._asdict() | self.facts | facts | {"crc32": _crc32(waveform)})
             files.append((self.folder / clip.file, audio_io.encode(waveform, sample_rate, ".flac", comment=comment)))
-            out.append((waveform, _before(json.loads(comment))))
         for path, data in files:  # all at once, so that an interruption seldom parts a batch
             _write(path, data)
-        return out
+        self.store.made += len(wanted)
 
 
 def content_name(content: dict) -> str:
