@@ -100,7 +100,7 @@ class PretrainConfig(Config):
 
     section: ClassVar[str] = "pretrain"
     steps: int = knob(3000, low=1)  # optimizer steps
-    batch_size: int = knob(64, low=1)  # clips a step
+    batch_size: int = knob(32, low=1)  # clips a step
     learning_rate: float = knob(1e-3, above=0, high=1)
     weight_decay: float = knob(1e-6, low=0)
     eps: float = knob(1e-8, above=0, high=1e-2)  # of AdamW; published 1e-6
@@ -319,7 +319,7 @@ class EvalConfig(Config):
     part_prompts: int = knob(20, low=2)  # prompts of the generalization and of the robustness part
     decode_iterations: int = knob(16, low=1, high=1000)  # phase-reconstruction rounds for the judges' ears
     bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval
-    batch_size: int = knob(64, low=1)
+    batch_size: int = knob(32, low=1)
     tta_bench: str = ""  # folder with the published benchmark's files; empty: the embedded one
 
     def check(self) -> None:
