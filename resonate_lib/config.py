@@ -100,7 +100,7 @@ class PretrainConfig(Config):
 
     section: ClassVar[str] = "pretrain"
     steps: int = knob(3000, low=1)  # optimizer steps
-    batch_size: int = knob(32, low=1)  # clips a step
+    batch_size: int = knob(64, low=1)  # clips a step
     learning_rate: float = knob(1e-3, above=0, high=1)
     weight_decay: float = knob(1e-6, low=0)
     eps: float = knob(1e-8, above=0, high=1e-2)  # of AdamW; published 1e-6
