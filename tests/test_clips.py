@@ -13,6 +13,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import miniature
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from torch import nn
 from resonate_lib import audio, doctor
 from resonate_lib.config import EvalConfig, resolve
 from resonate_lib.evaluation import clips, suite, ttabench
+from resonate_lib.models import generator as published
 
 RATE = 16000
 RECORDS = [{"id": f"prompt_{i:04}", "prompt_text": f"text {i}", "event_relation": None} for i in range(10)]
@@ -286,6 +288,18 @@ def test_a_comment_survives_in_the_file():
     assert audio.decode(audio.encode(wave, RATE, ".flac"))[2] == ""
     with pytest.raises(ValueError, match="not readable"):
         audio.decode(b"nothing")
+
+
+def test_clips_of_published_parts(tmp_path):
+    """VAE, vocoder and FLAN-T5 in miniature: 44.1 kHz, at the published guidance, and the same weights read again are the same."""
+    weights = miniature.build(tmp_path / "weights")
+    load = lambda: published.Generator.load_published(weights, seconds=0.5, device="cpu")  # noqa: E731
+    store, options = clips.Store(tmp_path / "clips"), {"num_steps": 2, "guidance_scale": 4.5, "batch_size": 2}
+    fresh = run(load(), tmp_path, RECORDS[:3], store=store, **options)
+    same(run(load(), tmp_path, RECORDS[:3], store=store, **options), fresh)
+    assert (store.made, store.found) == (3, 3)
+    rate = soundfile.info(str(next((tmp_path / "clips").glob("*/*.flac")))).samplerate
+    assert rate == 44100 and fresh["peak_dbfs"].max() < 0.1
 
 
 WORKER = """
