@@ -32,7 +32,7 @@ BESIDE = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft
 SYSTEMS = {"00": 2, "06": 6, "07": 5}  # networks of the notebooks that only generate: the base and what was tuned
 HEARING = {  # who hears, besides the reward lines
     "02": ("clap", "lalm", "clap_eval", "lalm_eval"),
-    "05": ("clap", "lalm"),
+    "05": ("clap", "lalm", "clap_eval", "lalm_eval"),
     "06": ("clap", "clap_eval", "lalm_eval", "aesthetics", "msclap"),
 }
 SCORERS = {"clap": "clap", "lalm": "qwen25_omni", "clap_eval": "clap", "lalm_eval": "qwen3_omni", "aesthetics": "aesthetics",
@@ -131,7 +131,8 @@ def _heard(config, number: str, given: Mapping[str, Any], sections: tuple[str, .
     """The scorers of SCORERS that a notebook has made by the end of these stages."""
     lines = [getattr(_stage(config, number, section, given), "reward", "") for section in sections]
     lines += [given.get("reward") or "lalm"] if number == "06" else []
-    named = {term.rpartition("*")[2].strip() for line in lines for term in line.split("+")} | set(HEARING.get(number, ()))
+    terms = (term.rpartition("*")[2].strip() for line in lines for term in line.split("+"))
+    named = {term.removesuffix("_fine") for term in terms} | set(HEARING.get(number, ()))  # lalm_fine asks lalm
     return [name for name in SCORERS if name in named]
 
 

@@ -183,7 +183,7 @@ class DPOConfig(Config):
     sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a batch
     micro_batch: int = knob(0, low=0)  # clips per forward and backward (a pair is two), gradients added up; 0: all at once
     checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
-    reward: str = "lalm"  # reward spec: `clap`, `lalm`, a weighted mix, or module:function
+    reward: str = "lalm"  # reward spec: `clap`, `lalm`, `lalm_fine`, a weighted mix, or module:function
 
     @property
     def rounds(self) -> int:

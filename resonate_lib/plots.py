@@ -451,6 +451,50 @@ def judge_agreement(a, b, *, labels: tuple[str, str], truth=None) -> Figure:
     return figure
 
 
+def calibration_curve(table: pd.DataFrame, errors: pd.DataFrame, *, title: str = "") -> Figure:
+    """How often captions are true over the probability that a judge gives them, a curve a judge with 95 % intervals; on the
+    dashed line a score means what it says. table, errors: `agreement.reliability_table` and `calibration_table`."""
+    figure, axes = _axes(size=(5.6, 3.8))
+    ax, errors = axes[0, 0], errors.set_index("reward")
+    ax.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
+    for index, (name, part) in enumerate(table.groupby("reward", sort=False)):
+        share, color = part["share_true"].to_numpy(float), COLORS[index % len(COLORS)]
+        ends = np.abs(part[["share_true_low", "share_true_high"]].to_numpy(float).T - share)
+        found, low, high = errors.loc[name, ["ece", "ece_low", "ece_high"]].astype(float)
+        label = f"{name}: error {found:.3f} [{low:.3f}, {high:.3f}]"
+        marker = MARKERS[index % len(MARKERS)]
+        ax.errorbar(part["mean_score"], share, ends, marker=marker, color=color, label=label, capsize=2, linewidth=1.2)
+    ax.set(xlabel="mean score of the bin", ylabel="share of true captions (95 % interval)", title=title)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def agreement_matrix(table: pd.DataFrame, *, value: str = "spearman", title: str = "") -> Figure:
+    """How far each two judges agree, below the diagonal, with the 95 % interval under each number; colours from 0 to 1.
+
+    table: `agreement.agreement_table`; value: spearman, kappa or alike.
+    """
+    names = list(dict.fromkeys([*table["a"], *table["b"]]))
+    figure, axes = _axes(size=(1.6 + 0.95 * len(names), 1.2 + 0.6 * len(names)))
+    ax, matrix = axes[0, 0], np.full((len(names),) * 2, np.nan)
+    for _, row in table.iterrows():
+        place, found = (names.index(row["b"]), names.index(row["a"])), float(row[value])
+        matrix[place] = found
+        text = "–"
+        if np.isfinite(found):
+            text = f"{found:.2f}\n[{float(row[f'{value}_low']):.2f}, {float(row[f'{value}_high']):.2f}]"
+        ax.text(place[1], place[0], text, ha="center", va="center", fontsize=7, color="white" if found <= 0.5 else "black")
+    edges = (-0.5, len(names) - 1.5, len(names) - 0.5, 0.5)
+    image = ax.imshow(matrix[1:, :-1], cmap="cividis", vmin=0, vmax=1, aspect="auto", extent=edges)
+    ax.grid(False)
+    ax.set_xticks(range(len(names) - 1), [_wrap(name, 12) for name in names[:-1]])
+    ax.set_yticks(range(1, len(names)), [_wrap(name, 14) for name in names[1:]])
+    ax.set(title=title, xlabel="95 % intervals in brackets")
+    figure.colorbar(image, ax=ax, label=value)
+    return figure
+
+
 def _wrap(text: str, width: int) -> str:
     # a dollar sign in a caption would start matplotlib's mathematics
     return textwrap.fill(text, width).replace("$", r"\$")

@@ -59,6 +59,7 @@ MADE_BY = {
     "grpo_clap": "04",
     "nft": "04",
     "grpo_lalm": "05",
+    "grpo_fine": "05",
 }
 
 
@@ -257,7 +258,7 @@ class Run:
         is empty."""
         from resonate_lib.rewards import load_reward
 
-        named = {term.rpartition("*")[2].strip() for term in spec.split("+")}
+        named = {term.rpartition("*")[2].strip().removesuffix("_fine") for term in spec.split("+")}  # lalm_fine asks lalm
         places = {"clap": "file, directory or hub id", "lalm": "directory, hub id or server"}
         models = {name: self.scorer(name, text=text) for name in places if name in named}
         for name, model in models.items():

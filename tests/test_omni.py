@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch.nn.functional import pad
 
 from resonate_lib.rewards import base, omni
-from resonate_lib.rewards.lalm import QUESTION, LalmReward
+from resonate_lib.rewards.lalm import QUESTION, LalmReward, published
 from resonate_lib.rewards.omni import FAMILIES, SYSTEM, clip_features, load_judge, open_judge, to_clips
 
 RATE = 16000
@@ -53,7 +53,7 @@ def real_inputs(judge, clip, caption):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_equal_the_real_processor_alone(judges, clips, kind):
     judge = judges[kind]
-    batch = judge.inputs(clips, CAPTIONS)
+    batch = judge.inputs(clips, published(CAPTIONS))
     assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"][:, 0].all()  # padded on the left
     for row, (clip, caption) in enumerate(zip(clips, CAPTIONS, strict=True)):
         real = real_inputs(judge, clip, caption)
@@ -89,6 +89,26 @@ def test_a_batch_scores_as_one_by_one_and_as_the_class_fed_by_its_own_processor(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_several_questions_about_a_clip_score_as_if_it_were_heard_for_each(judges, clips, kind, monkeypatch):
+    judge, of = judges[kind], [1, 0, 1, 1, 2]
+    asked = ["Is it loud?", "Does a dog bark exactly twice?", "Is it a bell?", "Is it rain? Answer {caption}.", "Is it loud?"]
+    apart = judge.ask([clips[i] for i in of], RATE, asked)
+    made, original = [], omni.clip_features
+    monkeypatch.setattr(omni, "clip_features", lambda part, *more: made.append(len(part)) or original(part, *more))
+    together = judge.ask(clips, RATE, asked, clips=of)
+    assert made == [3]
+    for name in ("logit", "p_yes_mass"):
+        torch.testing.assert_close(together.parts[name], apart.parts[name], atol=1e-5, rtol=0)
+    assert together.parts["logit"][[0, 2, 3]].std() > 1e-4  # the question is read
+    monkeypatch.setattr(judge, "batch_size", 2)
+    torch.testing.assert_close(judge.ask(clips, RATE, asked, clips=of).scores, together.scores, atol=1e-5, rtol=0)
+    published = [QUESTION.format(caption=caption) for caption in CAPTIONS]
+    assert torch.equal(judge.ask(clips, RATE, published).scores, judge(clips, RATE, list(CAPTIONS)).scores)
+    with pytest.raises(ValueError, match="name one clip for each question"):
+        judge.ask(clips, RATE, asked, clips=[0, 1, 2, 3, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_very_short_clips_do_not_depend_on_the_batch(judges, clips, kind):
     judge, short = judges[kind], [clips[0][:1600], clips[1][:5003], clips[2]]
     together = judge(short, RATE, list(CAPTIONS)).parts["logit"]
@@ -110,10 +130,10 @@ def test_the_batch_size_and_the_tensor_form_change_nothing(judges, clips, kind):
 
 def test_the_question_as_published(judges):
     question = QUESTION.replace("{caption}", "(.*)")
-    text = judges["qwen2_5_omni"].text.replace("{caption}", "(.*)")
+    text = judges["qwen2_5_omni"].text.replace("{question}", QUESTION.replace("{caption}", "(.*)"))
     turn = "<|im_start|>user\n" + question + "<|audio_bos|><|AUDIO|><|audio_eos|><|im_end|>\n<|im_start|>assistant\n"
     assert text == "<|im_start|>system\n" + SYSTEM + "<|im_end|>\n" + turn
-    text = judges["qwen3_omni_moe"].text.replace("{caption}", "(.*)")
+    text = judges["qwen3_omni_moe"].text.replace("{question}", QUESTION.replace("{caption}", "(.*)"))
     assert text == turn.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", "<|audio_start|><|audio_pad|><|audio_end|>")
 
 
@@ -162,13 +182,13 @@ def test_the_published_fallback_is_zero_where_the_reply_is_neither(judges, clips
 def test_answers_keep_float32_where_the_model_has_bf16(folders, clips):
     judge = load_judge(folders["qwen2_5_omni"], device="cpu")
     assert judge.model.dtype == torch.bfloat16
-    logits = judge.logits(clips, CAPTIONS)
+    logits = judge.logits(clips, published(CAPTIONS))
     columns = logits[:, judge.yes + judge.no]
     assert (columns != columns.bfloat16().float()).any()
     full = load_judge(folders["qwen2_5_omni"], dtype="auto", device="cpu")
     assert full.model.dtype == torch.float32  # what the checkpoint has
     other = [*judge.yes, *judge.no]
-    assert (logits[:, other] - full.logits(clips, CAPTIONS)[:, other]).abs().max() < 0.3
+    assert (logits[:, other] - full.logits(clips, published(CAPTIONS))[:, other]).abs().max() < 0.3
 
 
 def test_only_the_last_position_goes_through_the_output_layer(judges, clips, monkeypatch):

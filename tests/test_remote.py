@@ -89,13 +89,12 @@ def judging(small):
 
     def answer(request, headers):
         parts = {part["type"]: part for part in request["messages"][-1]["content"]}
-        before, after = QUESTION.split("{caption}")
-        caption = parts["text"]["text"].removeprefix(before).removesuffix(after)
+        question = parts["text"]["text"]
         data = base64.b64decode(parts["input_audio"]["input_audio"]["data"])
         clip, rate = soundfile.read(io.BytesIO(data), dtype="float32")
         assert rate == RATE and parts["input_audio"]["input_audio"]["format"] == "wav"
         with lock:
-            chance = small.logits(torch.from_numpy(clip)[None], [caption])[0].log_softmax(-1)
+            chance = small.logits(torch.from_numpy(clip)[None], [question])[0].log_softmax(-1)
         values, ids = chance.topk(request["top_logprobs"])
         decode = small.processor.tokenizer.decode
         return 200, completion([(decode([i]), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)])
@@ -121,20 +120,34 @@ def test_scores_agree_with_the_judge_in_process(small, world):
     assert expected.scores[:3].min() > expected.scores[3:].max() + 0.3  # clips and captions stayed together
     path, request, _, _ = seen[0]
     assert path == "/v1/chat/completions" and len(seen) == len(captions)
+    sent = {part["text"] for _, request, _, _ in seen for part in request["messages"][-1]["content"] if part["type"] == "text"}
+    assert sent == {QUESTION.format(caption=caption) for caption in captions}
     assert {key: request[key] for key in ("model", "max_tokens", "temperature", "logprobs", "top_logprobs")} == {
         "model": "tiny", "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20,
     }  # fmt: skip
 
 
+def test_several_questions_about_a_clip_are_a_request_each(small, world):
+    audio, captions = world
+    asked, clips = [QUESTION.format(caption=caption) for caption in captions[:4]], [2, 0, 0, 1]
+    with serving(judging(small)) as (url, seen):
+        judge = quick(url)
+        result = judge.ask(audio[:3], RATE, asked, clips=clips)
+        with pytest.raises(ValueError, match="4 questions about 3 clips, clips from 0 to 3"):
+            judge.ask(audio[:3], RATE, asked, clips=[0, 1, 2, 3])
+    torch.testing.assert_close(result.scores, small.ask(audio[clips], RATE, asked).scores, atol=1e-4, rtol=0)
+    assert len(seen) == 4
+
+
 def test_messages_are_those_of_the_models_family(audio):
     def parts(model):
-        messages = RemoteJudge(f"http://localhost:1/v1#{model}").body(audio[0], "a bell")["messages"]
+        messages = RemoteJudge(f"http://localhost:1/v1#{model}").body(audio[0], "Is it a bell?")["messages"]
         return [message["role"] for message in messages], [part["type"] for part in messages[-1]["content"]], messages
 
     roles, order, messages = parts("Qwen/Qwen2.5-Omni-7B")
     assert roles == ["system", "user"] and order == ["text", "input_audio"]
     assert messages[0]["content"][0]["text"] == SYSTEM
-    assert messages[1]["content"][0]["text"] == QUESTION.format(caption="a bell")
+    assert messages[1]["content"][0]["text"] == "Is it a bell?"
     assert parts("Qwen/Qwen3-Omni-30B-A3B-Instruct")[:2] == (["user"], ["text", "input_audio"])
     assert parts("/models/qwen2-audio-7b")[:2] == (["user"], ["input_audio", "text"])
     assert parts("judge")[:2] == (["user"], ["text", "input_audio"])

@@ -19,6 +19,7 @@ from resonate_lib.rewards.lalm import (
     build_model,
     build_processor,
     log_mel,
+    published,
 )
 from resonate_lib.rewards.lalm_training import (
     Packer,
@@ -260,19 +261,19 @@ def test_lalm_inputs_equal_the_real_processor_through_its_chat_template(lalm, sc
         texts.append(lalm.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
     clips = list(scene["audio"].numpy())
     real = lalm.processor(text=texts, audio=clips, return_tensors="pt", padding=True, sampling_rate=RATE)
-    ours = lalm.inputs(scene["audio"], prompts)
+    ours = lalm.inputs(scene["audio"], published(prompts))
     assert set(real) == set(ours)
     for key in ("input_ids", "attention_mask", "feature_attention_mask"):
         assert torch.equal(real[key], ours[key]), key
     assert ours["attention_mask"][0, 0] == 0 and ours["attention_mask"][:, -1].all()  # padded on the left
     with torch.no_grad():
         logits = lalm.model(**real).logits[:, -1]
-    torch.testing.assert_close(lalm.logits(scene["audio"], prompts), logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lalm.logits(scene["audio"], published(prompts)), logits, atol=1e-4, rtol=0)
 
 
 def test_lalm_score_is_the_sigmoid_of_yes_minus_no(lalm, scene):
     result = lalm(scene["audio"], RATE, scene["captions"])
-    logits = lalm.logits(scene["audio"], scene["captions"])
+    logits = lalm.logits(scene["audio"], published(scene["captions"]))
     yes, no = answer_ids(lalm.processor)
     chance = logits.softmax(-1)
     share_yes, share_no = chance[:, yes].sum(-1), chance[:, no].sum(-1)
@@ -318,7 +319,7 @@ def test_packed_questions_equal_separate_forwards(lalm, scene):
         logits = answer_logits(lalm.model, packer, packed, heard)
     for kind, prompts in ((0, scene["captions"]), (1, [row[0] for row in false])):
         rows = [int(((packed.rows == i) & (packed.kinds == kind)).nonzero()[0]) for i in range(6)]
-        torch.testing.assert_close(logits[rows], lalm.logits(scene["audio"], prompts), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits[rows], lalm.logits(scene["audio"], published(prompts)), atol=1e-4, rtol=0)
     decode = lalm.processor.tokenizer.decode
     answer = packed.answers[(packed.rows == 2) & (packed.kinds == 2)]
     assert decode(answer) == scene["captions"][2] + "<|im_end|>"
@@ -335,8 +336,8 @@ def test_packed_captions_equal_the_models_own_loss(lalm, scene):
     ).last_hidden_state
     with torch.no_grad():
         _, numbers = answer_loss(answer_logits(lalm.model, packer, packed, heard), packed, 1.0)
-    frame = PromptFrame(lalm.processor, lalm_module.DESCRIBE)
-    text = frame.prefix + frame.suffix() + caption + "<|im_end|>"
+    frame = PromptFrame(lalm.processor)
+    text = frame.prefix + frame.suffix(lalm_module.DESCRIBE) + caption + "<|im_end|>"
     inputs = lalm.processor.tokenizer(text, return_tensors="pt")
     answer = len(lalm.processor.tokenizer.encode(caption)) + 1
     labels = inputs["input_ids"].clone()

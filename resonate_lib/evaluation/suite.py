@@ -23,6 +23,7 @@ FOLDERS = {
     "DPO": "dpo",
     "GRPO (CLAP)": "grpo_clap",
     "GRPO (LALM)": "grpo_lalm",
+    "GRPO (LALM, fine)": "grpo_fine",
     "NFT": "nft",
 }
 BEST = "best guidance"

@@ -52,7 +52,13 @@ class EmbeddedWorld:
 
     def wrong_captions(self, record: dict, rng: np.random.Generator) -> dict[str, str]:
         """{kind: caption} wrong for the clip in one detail: an event missing or replaced, the order swapped, a count changed."""
-        return scenes.negatives(scenes.Spec.of(record), rng)
+        return {kind: wrong["caption"] for kind, wrong in self.wrong_records(record, rng).items()}
+
+    def wrong_records(self, record: dict, rng: np.random.Generator) -> dict[str, dict]:
+        """`wrong_captions`, each with the groups and relation that it asks for, which the judge needs."""
+        wrong = scenes.negative_specs(scenes.Spec.of(record), rng)
+        return {kind: {"caption": scenes.caption(spec, rng), "groups": [list(group) for group in spec.groups],
+                       "relation": spec.relation} for kind, spec in wrong.items()}  # fmt: skip
 
     def judge(self, run) -> dict:
         """{"judge": the independent judge}, which counts events: a scorer of `ttabench.evaluate`."""
@@ -119,6 +125,10 @@ class FolderWorld:
         while chosen in own:
             chosen = others[int(rng.integers(len(others)))]
         return {"another clip's": chosen}
+
+    def wrong_records(self, record: dict, rng: np.random.Generator) -> dict[str, dict]:
+        """`wrong_captions` as records that hold nothing else."""
+        return {kind: {"caption": caption} for kind, caption in self.wrong_captions(record, rng).items()}
 
     @cached_property
     def _captions(self) -> list[str]:

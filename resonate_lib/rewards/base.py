@@ -1,5 +1,6 @@
 """What a reward is: one protocol, the check every call passes, a weighted mix, and `load_reward`, which turns a line of
-configuration into a reward. The models that give scores live in `clap` and `lalm`, text rules in `rules`.
+configuration into a reward. The models that give scores live in `clap` and `lalm`, what is asked beyond the caption in `fine`,
+text rules in `rules`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-BUILT_IN = ("clap", "lalm")
+BUILT_IN = ("clap", "lalm", "lalm_fine")
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 LONGEST_TRIM = 0.1  # seconds that may be cut off silently: codecs round a clip up to whole frames
 
@@ -128,8 +129,9 @@ class FunctionReward:
 
 
 def load_reward(spec: str, **context: Any) -> Checked:
-    """The reward a line of configuration names: 'clap', 'lalm', a sum such as '0.5*clap+0.5*lalm', or a user's own as
-    'path/to/file.py:function' or 'package.module:function' (also as a term of a sum).
+    """The reward a line of configuration names: 'clap', 'lalm', 'lalm_fine' (the LALM asked about each event and the relation,
+    see `fine`), a sum such as '0.5*clap+0.5*lalm', or a user's own as 'path/to/file.py:function' or 'package.module:function'
+    (also as a term of a sum).
 
     context: `clap` and `lalm` are a directory or a ready reward each; `weights` is the directory that holds both
     (default: the checkpoints shipped with the package); `text` is the text encoder for CLAP (default: MiniLM).
@@ -160,7 +162,7 @@ def _parse_term(term: str, spec: str) -> tuple[float, str]:
 def _known(name: str, spec: str) -> str:
     if name in BUILT_IN or ":" in name:
         return name
-    allowed = "'clap', 'lalm', 'file.py:function' or 'module:function'"
+    allowed = "'clap', 'lalm', 'lalm_fine', 'file.py:function' or 'module:function'"
     raise ValueError(f"reward={spec!r}: no reward {name!r}{_nearest(name, BUILT_IN)}; allowed are {allowed}")
 
 
@@ -172,6 +174,10 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 def _load_one(name: str, context: dict) -> Reward:
     if ":" in name:
         return _load_function(name)
+    if name == "lalm_fine":
+        from resonate_lib.rewards.fine import FineLalm
+
+        return FineLalm(_load_one("lalm", context))
     source = context.get(name) or Path(context.get("weights") or SHIPPED) / name
     if callable(source):
         return source
@@ -186,7 +192,8 @@ def _load_one(name: str, context: dict) -> Reward:
         return ClapReward.load(source, text=context.get("text"))
     from resonate_lib.rewards.lalm import LalmReward
 
-    return LalmReward.load(source)
+    context["lalm"] = LalmReward.load(source)  # a sum of lalm and lalm_fine shares one model
+    return context["lalm"]
 
 
 def _load_function(spec: str) -> FunctionReward:
@@ -238,6 +245,18 @@ def to_clip(audio: Tensor, sample_rate: int, target_rate: int, seconds: float) -
             f"audio of {length:.2f} s: this reward hears {seconds:g} s; cut the clips or train a longer one"
         )
     return torch.nn.functional.pad(audio[..., :samples], (0, max(0, samples - audio.shape[-1])))
+
+
+def clip_of(questions: Sequence[str], count: int, clips: Sequence[int] | None) -> list[int]:
+    """The clip, of `count`, that each question is about: `clips`, or for None the i-th question's is the i-th.
+
+    Raises ValueError where their numbers do not fit, and for a clip that there is not.
+    """
+    of = list(range(count)) if clips is None else [int(clip) for clip in clips]
+    if len(of) != len(questions) or not all(0 <= clip < count for clip in of):
+        told = f"clips from {min(of, default=0)} to {max(of, default=0)}" if clips is not None else "no clips named"
+        raise ValueError(f"{len(questions)} questions about {count} clips, {told} ({len(of)}): name one clip for each question")
+    return of
 
 
 def initial_seed(seed: int, stream: int = 0) -> torch.Generator:

@@ -3,7 +3,7 @@ how much more likely it is to say yes than no.
 
 The model is transformers' Qwen2AudioForConditionalGeneration with its processor and chat template, at a size that
 trains from nothing on a laptop (`lalm_training`). Question and score: AQAScore, as in the published reward; the audio
-stands before the question here, so that training can share one clip among several questions.
+stands before the question here, so that one clip can be shared among several questions (`packing`; `fine` asks them).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from resonate_lib.rewards.base import RewardResult, to_clip
+from resonate_lib.rewards.base import RewardResult, clip_of, to_clip
+from resonate_lib.rewards.packing import Tree, hidden_states, pack
 from resonate_lib.training import atomic_folder
 
 QUESTION = (
@@ -55,6 +56,11 @@ class LalmShape:
 DEFAULT_SHAPE = LalmShape()
 
 
+def published(captions: Iterable[str]) -> list[str]:
+    """The published question about each caption."""
+    return [QUESTION.replace("{caption}", caption) for caption in captions]
+
+
 def conversation(question: str) -> list[dict]:
     """One clip and a question about it, as the chat template reads it."""
     return [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": question}]}]
@@ -70,7 +76,7 @@ def learn_vocabulary(texts: Iterable[str]) -> tuple[dict[str, int], list[tuple[s
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer, learner.normalizer = backend.pre_tokenizer, backend.normalizer
     frame = "system\nYou are a helpful assistant.\nuser\nAudio 1: \nassistant\n"
-    lines = [frame, DESCRIBE, *YES, *NO, *texts, *(QUESTION.format(caption=text) for text in texts)]
+    lines = [frame, DESCRIBE, *YES, *NO, *texts, *published(texts)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=8000, min_frequency=1, show_progress=False, initial_alphabet=alphabet)
     learner.train_from_iterator(lines, trainer)
@@ -165,22 +171,21 @@ def mel_frames(audio: Tensor, extractor: WhisperFeatureExtractor) -> Tensor:
     return (torch.maximum(mel, floor) + 4.0) / 4.0
 
 
-def refuse_control_tokens(caption: str, special: Iterable[str]) -> None:
-    """Raises ValueError when a caption holds one of the tokenizer's control tokens: it could end the question early."""
-    found = next((token for token in special if token in caption), None)
+def refuse_control_tokens(question: str, special: Iterable[str]) -> None:
+    """Raises ValueError when a question holds one of the tokenizer's control tokens: it could end early."""
+    found = next((token for token in special if token in question), None)
     if found:
-        raise ValueError(f"caption {caption!r} holds the control token {found}; remove it")
+        raise ValueError(f"question {question!r} holds the control token {found}; remove it from the caption or event")
 
 
 class PromptFrame:
     """The chat template with the audio token already repeated once per audio embedding, rendered once and reused.
 
-    question: a text with {caption} in it, or without. `prefix` is everything up to the audio's end, `suffix(caption)`
-    the rest up to the point where the answer starts.
+    `prefix` is everything up to the audio's end, `suffix(question)` the rest up to the point where the answer starts.
     """
 
-    def __init__(self, processor: Qwen2AudioProcessor, question: str = QUESTION):
-        rendered = processor.apply_chat_template(conversation(question), add_generation_prompt=True, tokenize=False)
+    def __init__(self, processor: Qwen2AudioProcessor):
+        rendered = processor.apply_chat_template(conversation("{question}"), add_generation_prompt=True, tokenize=False)
         frames = processor.feature_extractor.nb_max_frames
         tokens = (((frames - 1) // 2 + 1) - 2) // 2 + 1  # the processor's own count for a full clip
         head, _, tail = rendered.partition(processor.audio_token)
@@ -191,9 +196,9 @@ class PromptFrame:
         self.tail = tail.removeprefix(end)
         self.special = processor.tokenizer.all_special_tokens
 
-    def suffix(self, caption: str = "") -> str:
-        refuse_control_tokens(caption, self.special)
-        return self.tail.replace("{caption}", caption)
+    def suffix(self, question: str) -> str:
+        refuse_control_tokens(question, self.special)
+        return self.tail.replace("{question}", question)
 
 
 def answer_ids(processor: Qwen2AudioProcessor) -> tuple[list[int], list[int]]:
@@ -230,42 +235,72 @@ class LalmReward:
         self.model, self.processor, self.card, self.batch_size = model.eval(), processor, card or {}, batch_size
         self.frame, (self.yes, self.no) = PromptFrame(processor), answer_ids(processor)
 
-    def inputs(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def inputs(self, clips: Tensor, questions: Sequence[str]) -> dict[str, Tensor]:
         """What the real processor gives for these clips (B, samples at 16 kHz) and questions, left-padded."""
         features = log_mel(clips.to(self.model.device), self.processor.feature_extractor)
-        texts = [self.frame.prefix + self.frame.suffix(prompt) for prompt in prompts]
+        texts = [self.frame.prefix + self.frame.suffix(question) for question in questions]
         tokens = self.processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         mask = torch.ones(len(clips), features.shape[-1], dtype=torch.long, device=features.device)
         tokens = {key: tokens[key].to(features.device) for key in ("input_ids", "attention_mask")}
         return tokens | {"input_features": features, "feature_attention_mask": mask}
 
     @torch.no_grad()
-    def logits(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
+    def logits(self, clips: Tensor, questions: Sequence[str]) -> Tensor:
         """Logits (B, vocabulary) of the answer's first token; only the last position goes through the output layer."""
-        inputs = self.inputs(clips, prompts)
+        inputs = self.inputs(clips, questions)
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         hidden = self.model.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
         return self.model.lm_head(hidden[:, -1]).float()
+
+    @torch.no_grad()
+    def shared_logits(self, clips: Tensor, questions: Sequence[str], of: Sequence[int]) -> Tensor:
+        """As `logits`, for questions (Q) of which the i-th is about clips[of[i]]: each clip is heard once."""
+        tokenizer, audio = self.processor.tokenizer, self.processor.audio_token_id
+        trunk = tokenizer.encode(self.frame.prefix)
+        trees, ids = [Tree(trunk) for _ in clips], {text: tokenizer.encode(self.frame.suffix(text)) for text in set(questions)}
+        places = [(row, trees[row].add(ids[question])[-1]) for row, question in zip(of, questions, strict=True)]
+        packed = pack(trees, tokenizer.pad_token_id, places)
+        features = log_mel(clips.to(self.model.device), self.processor.feature_extractor)
+        heard = self.model.model.audio_tower(features).last_hidden_state
+        return self.model.lm_head(hidden_states(self.model, packed, heard, trunk.index(audio))).float()
 
     def question(self, caption: str) -> str:
         """What is asked of a clip, in the chat template, to be read: the audio's tokens counted instead of repeated."""
         token = self.processor.audio_token
         count = self.frame.prefix.count(token)
-        return self.frame.prefix.replace(token * count, f"{token} (x {count})") + self.frame.suffix(caption)
+        return self.frame.prefix.replace(token * count, f"{token} (x {count})") + self.frame.suffix(*published([caption]))
 
     def answer_logits(self, audio: Tensor, sample_rate: int, prompts: Sequence[str]) -> Tensor:
-        """Logits (B, vocabulary) of the answer's first token to audio (B, T)."""
+        """Logits (B, vocabulary) of the answer's first token to audio (B, T) and the published question about each prompt."""
+        return self._answers(audio, sample_rate, published(prompts), None)
+
+    def _answers(self, audio: Tensor, sample_rate: int, questions: Sequence[str], clips: Sequence[int] | None) -> Tensor:
+        of = clip_of(questions, len(audio), clips)
         extractor = self.processor.feature_extractor
-        clips = to_clip(audio.float(), sample_rate, extractor.sampling_rate, extractor.chunk_length)
-        rows = range(0, len(clips), self.batch_size)
-        return torch.cat([self.logits(clips[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in rows])
+        heard = to_clip(audio.float(), sample_rate, extractor.sampling_rate, extractor.chunk_length)
+        rows = range(0, len(heard), self.batch_size)
+        if clips is None:
+            return torch.cat([self.logits(heard[i : i + self.batch_size], questions[i : i + self.batch_size]) for i in rows])
+        logits = torch.empty(len(questions), self.model.config.text_config.vocab_size, device=self.model.device)
+        for start in rows:
+            asked = [k for k, clip in enumerate(of) if start <= clip < start + self.batch_size]
+            if asked:
+                part = heard[start : start + self.batch_size]
+                logits[asked] = self.shared_logits(part, [questions[k] for k in asked], [of[k] - start for k in asked])
+        return logits
+
+    def ask(
+        self, audio: Tensor, sample_rate: int, questions: Sequence[str], clips: Sequence[int] | None = None
+    ) -> RewardResult:
+        """Scores (Q,) and parts of Q questions in full. clips: the row of audio that each is about, heard once for all of its
+        questions; None: the i-th question is about the i-th clip."""
+        logit, mass = yes_or_no(self._answers(audio, sample_rate, list(questions), clips), self.yes, self.no)
+        return RewardResult(logit.sigmoid().cpu(), {"p_yes_mass": mass.cpu(), "logit": logit.cpu()})
 
     def __call__(
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
     ) -> RewardResult:
-        logits = self.answer_logits(audio, sample_rate, prompts)
-        logit, mass = yes_or_no(logits, self.yes, self.no)
-        return RewardResult(logit.sigmoid().cpu(), {"p_yes_mass": mass.cpu(), "logit": logit.cpu()})
+        return self.ask(audio, sample_rate, published(prompts))
 
     def save(self, directory: str | Path) -> None:
         """Writes the model (safetensors) and processor as transformers does, and model_card.json beside them."""

@@ -1,11 +1,8 @@
 """Training the small audio language model of `lalm` from nothing: first the audio tower on frame-level events, then
 questions and captions together.
 
-The template puts the clip first, so everything up to its end is the same for every question about it, and so are the
-question's words up to the caption. A row therefore holds the clip once, that stem once, and then several captions that
-cannot see one another: each token attends to the shared prefix, the stem if it belongs to a question, and its own
-segment, and counts its positions from their end. That equals separate sequences exactly and costs less than half (a test
-checks it against the model's own forward).
+It learns all forms of questions at once: the published one about a whole caption, with hard negatives, and those of `fine` about
+single events, counts and relations. All questions about a clip stand in one row (`packing`).
 """
 
 from __future__ import annotations
@@ -14,11 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 
+from resonate_lib.data import scenes
+from resonate_lib.data.prompts import RELATION_NAMES
+from resonate_lib.rewards import fine
 from resonate_lib.rewards.base import initial_seed, learning_rate_at
 from resonate_lib.rewards.clap import activity_loss
 from resonate_lib.rewards.lalm import (
@@ -31,10 +32,18 @@ from resonate_lib.rewards.lalm import (
     build_processor,
     card_of,
     log_mel,
+    published,
 )
+from resonate_lib.rewards.packing import Packed, Tree, hidden_states, pack
 
-POSITIVE, NEGATIVE, CAPTION = 0, 1, 2  # what an answer token belongs to
-PADDING, PREFIX, STEM, DESCRIPTION = -1, 0, 1, 2  # whose a token is; questions count from 3
+POSITIVE, NEGATIVE, CAPTION, FINE_YES, FINE_NO = range(5)  # what an answer token belongs to
+# Events that are easily taken for one another: half of the absent ones asked about are of the family of one that sounds.
+FAMILIES = (
+    ("dog", "cow", "duck", "frog", "owl", "rooster", "bird"),
+    ("rain", "waves", "static", "engine", "explosion"),
+    ("siren", "busy signal", "ding", "car horn", "whistle", "beep", "bird"),
+)
+FINE_WEIGHT = 1.0  # of the fine questions' loss beside that of the whole captions'
 
 
 def plain_attention(
@@ -53,113 +62,84 @@ def plain_attention(
 
 AttentionInterface.register("plain", plain_attention)
 
-@dataclass
-class Packed:
-    """Rows of one clip and several questions. ids, positions (B, L) and mask (B, 1, L, L) bool feed the language model;
-    answers (A,) are the tokens to predict from the hidden states at rows, columns (A,), kinds (A,) what they are."""
 
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    rows: Tensor
-    columns: Tensor
+@dataclass
+class Lesson(Packed):
+    """Packed rows with the tokens to predict, answers (A,), and what they belong to, kinds (A,)."""
+
     answers: Tensor
     kinds: Tensor
 
 
 class Packer:
-    """Turns captions and their hard negatives into packed rows for one processor."""
+    """Turns captions, their hard negatives and fine questions into packed rows for one processor."""
 
     def __init__(self, processor: Qwen2AudioProcessor):
-        self.encode = processor.tokenizer.encode
-        self.asked, self.described = PromptFrame(processor), PromptFrame(processor, DESCRIBE)
-        self.prefix = self.encode(self.asked.prefix)
-        self.audio_start = self.prefix.index(processor.audio_token_id)
-        self.audio_count = self.prefix.count(processor.audio_token_id)
+        self.encode, self.frame = processor.tokenizer.encode, PromptFrame(processor)
+        self.trunk = self.encode(self.frame.prefix)
+        self.audio_start = self.trunk.index(processor.audio_token_id)
         self.yes, self.no = self.encode("Yes"), self.encode("No")
         self.end, self.pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-        self.stem = self.encode(self.asked.tail.partition("{caption}")[0].rstrip())
         self._known: dict[str, list[int]] = {}
 
-    def _question(self, caption: str) -> list[int]:
-        """Token ids of the question from the caption on, without the stem."""
-        if caption not in self._known:
+    def _question(self, question: str) -> list[int]:
+        """Token ids of a question after the trunk."""
+        if question not in self._known:
             if len(self._known) > 50_000:
                 self._known.clear()
-            whole = self.encode(self.asked.suffix(caption))
-            if whole[: len(self.stem)] != self.stem:
-                raise ValueError(f"the question about {caption!r} does not begin with the same tokens as the others")
-            self._known[caption] = whole[len(self.stem) :]
-        return self._known[caption]
+            self._known[question] = self.encode(self.frame.suffix(question))
+        return self._known[question]
 
-    def segments(self, caption: str, false_captions: Sequence[str]) -> list[tuple[list[int], list[int], int]]:
-        """(prompt ids after the stem, answer ids, kind) of every question about one clip, and last the description."""
-        rows = [(self._question(caption), self.yes, POSITIVE)]
-        rows += [(self._question(false), self.no, NEGATIVE) for false in false_captions]
-        return rows + [(self.encode(self.described.suffix()), [*self.encode(caption), self.end], CAPTION)]
+    def segments(
+        self, caption: str, false_captions: Sequence[str], asked: Sequence[tuple[str, bool]] = ()
+    ) -> list[tuple[list[int], list[int], int]]:
+        """(prompt ids after the trunk, answer ids, kind) of every question about one clip, and last the description."""
+        rows = [(question, True, POSITIVE) for question in published([caption])]
+        rows += [(question, False, NEGATIVE) for question in published(false_captions)]
+        rows += [(question, truth, FINE_YES if truth else FINE_NO) for question, truth in asked]
+        said = [(self._question(question), self.yes if truth else self.no, kind) for question, truth, kind in rows]
+        return [*said, (self._question(DESCRIBE), [*self.encode(caption), self.end], CAPTION)]
 
-    def __call__(self, captions: Sequence[str], false_captions: Sequence[Sequence[str]]) -> Packed:
-        """captions: B true ones. false_captions: B lists of false ones, possibly empty."""
-        pairs = zip(captions, false_captions, strict=True)
-        laid = [self._lay(self.segments(caption, false)) for caption, false in pairs]
-        length = max(len(ids) for ids, *_ in laid)
-
-        def stack(column: int, fill: int) -> Tensor:
-            return torch.tensor([row[column] + [fill] * (length - len(row[column])) for row in laid])
-
-        ids, positions, owner = stack(0, self.pad), stack(1, 0), stack(2, PADDING)
-        earlier = torch.ones(length, length, dtype=torch.bool).tril()
-        seen, sees = owner[:, None, :], owner[:, :, None]
-        # Padding attends to itself and the prefix, so no row of the mask is empty.
-        mask = earlier & ((seen == PREFIX) | (seen == sees) | ((seen == STEM) & (sees > DESCRIPTION)))
-        found = [(row, *answer) for row, (*_, answers) in enumerate(laid) for answer in answers]
-        rows, columns, answers, kinds = torch.tensor(found).T
-        return Packed(ids, positions, mask[:, None], rows, columns, answers, kinds)
-
-    def _lay(self, segments: list[tuple[list[int], list[int], int]]) -> tuple[list, list, list, list]:
-        """One row: ids, positions, owner, answers (column, token, kind)."""
-        common, asked = len(self.prefix), len(self.prefix) + len(self.stem)
-        ids, positions, answers = self.prefix + self.stem, list(range(asked)), []
-        owner = [PREFIX] * common + [STEM] * len(self.stem)
-        for number, (prompt, answer, kind) in enumerate(segments, start=DESCRIPTION + 1):
-            first = len(ids) + len(prompt) - 1
-            answers += [(first + k, token, kind) for k, token in enumerate(answer)]
-            segment = prompt + answer[:-1]  # nothing is predicted from an answer's last token
-            start = common if kind == CAPTION else asked
-            ids += segment
-            positions += range(start, start + len(segment))
-            owner += [DESCRIPTION if kind == CAPTION else number] * len(segment)
-        return ids, positions, owner, answers
+    def __call__(
+        self,
+        captions: Sequence[str],
+        false_captions: Sequence[Sequence[str]],
+        asked: Sequence[Sequence[tuple[str, bool]]] | None = None,
+    ) -> Lesson:
+        """captions: B true ones. false_captions: B lists of false ones, asked: B lists of (question, whether yes is right); both
+        possibly empty."""
+        asked = [()] * len(captions) if asked is None else asked
+        trees, places, targets = [], [], []
+        for row, clip in enumerate(zip(captions, false_captions, asked, strict=True)):
+            tree = Tree(self.trunk)
+            for prompt, answer, kind in self.segments(*clip):
+                path = tree.add(prompt + answer[:-1])  # nothing is predicted from an answer's last token
+                places += [(row, place) for place in path[len(prompt) - 1 :]]
+                targets += [(token, kind) for token in answer]
+            trees.append(tree)
+        packed = pack(trees, self.pad, places)
+        answers, kinds = torch.tensor(targets).T
+        return Lesson(**vars(packed), answers=answers, kinds=kinds)
 
 
 def answer_logits(model: Qwen2AudioForConditionalGeneration, packer: Packer, packed: Packed, heard: Tensor) -> Tensor:
     """Logits (A, vocabulary) at the answer positions; heard (B, audio tokens, width) is what the audio tower gives."""
-    core, device = model.model, heard.device
-    sound = core.multi_modal_projector(heard)
-    embedded = core.get_input_embeddings()(packed.ids.to(device)).to(sound.dtype)
-    start, stop = packer.audio_start, packer.audio_start + packer.audio_count
-    embedded = torch.cat([embedded[:, :start], sound, embedded[:, stop:]], dim=1)
-    hidden = core.language_model(
-        inputs_embeds=embedded,
-        attention_mask=packed.mask.to(device),
-        position_ids=packed.positions.to(device),
-        use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden[packed.rows.to(device), packed.columns.to(device)])
+    return model.lm_head(hidden_states(model, packed, heard, packer.audio_start))
 
 
-def answer_loss(logits: Tensor, packed: Packed, caption_weight: float) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of the answer tokens in nats: the mean of yes and no questions, half each, plus the captions' mean
-    per token times caption_weight. Also returns the numbers to log; `accuracy` is that of the first answer token."""
+def answer_loss(logits: Tensor, packed: Lesson, caption_weight: float) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the answer tokens in nats: the mean of yes and no questions, half each, about whole captions, FINE_WEIGHT
+    times the same of fine questions, and the captions' mean per token times caption_weight. Also returns the numbers to log."""
     kinds, answers = packed.kinds.to(logits.device), packed.answers.to(logits.device)
     losses = F.cross_entropy(logits.float(), answers, reduction="none")
     right = (logits.argmax(-1) == answers).float().detach()
     zero = losses.new_zeros(())
-    mean = {k: losses[kinds == k].mean() if (kinds == k).any() else zero for k in (POSITIVE, NEGATIVE, CAPTION)}
-    asked = 0.5 * (mean[POSITIVE] + mean[NEGATIVE])
-    loss = asked + caption_weight * mean[CAPTION]
-    numbers = {"loss": loss.item(), "question": asked.item(), "caption": mean[CAPTION].item()}
-    for name, kind in (("yes_right", POSITIVE), ("no_right", NEGATIVE)):
+    mean = {kind: losses[kinds == kind].mean() if (kinds == kind).any() else zero for kind in range(5)}
+    asked, fine_asked = 0.5 * (mean[POSITIVE] + mean[NEGATIVE]), 0.5 * (mean[FINE_YES] + mean[FINE_NO])
+    loss = asked + FINE_WEIGHT * fine_asked + caption_weight * mean[CAPTION]
+    numbers = {"loss": loss.item(), "question": asked.item(), "caption": mean[CAPTION].item(), "fine": fine_asked.item()}
+    named = {"yes_right": POSITIVE, "no_right": NEGATIVE, "fine_yes_right": FINE_YES, "fine_no_right": FINE_NO}
+    for name, kind in named.items():
         numbers[name] = right[kinds == kind].mean().item() if (kinds == kind).any() else float("nan")
     return loss, numbers
 
@@ -176,6 +156,70 @@ def draw_negatives(negatives: Sequence[dict], count: int, generator: torch.Gener
         order = sorted(order, key=lambda k: kinds[k] != "count")[:count]
         chosen.append([row[kinds[k]] for k in order])
     return chosen
+
+
+def draw_questions(record: dict, rng: np.random.Generator, world_seed: int = 0) -> list[tuple[str, str, bool]]:
+    """(part, question, whether yes is right) of fine questions about one scene, as many true as false: an event that sounds and
+    one that does not, a count and a wrong one where something can be counted, the relation of several events and a wrong one.
+
+    record: groups, relation and split. No false question holds a combination of events that is held out from the split.
+    """
+    spec = scenes.Spec.of(record)
+    near = [name for family in FAMILIES if set(family) & set(spec.names) for name in family]
+    pool = near if rng.random() < 0.5 else scenes.CLASSES
+    absent = _one(rng, [name for name in pool if name not in spec.names])
+    asked = [("event", fine.EVENT.format(event=name), name != absent) for name in (_one(rng, spec.names), absent)]
+    countable = [group for group in spec.groups if group[0] in scenes.COUNTABLE]
+    several = [group for group in countable if group[1] > 1]
+    if several or (countable and rng.random() < 0.4):  # most events sound once: asked of all, "twice" would mean no
+        name, count = _one(rng, several or countable)
+        wrong = (name, _one(rng, [number for number in fine.TIMES if number != count]))
+        if rng.random() < 0.25:
+            wrong = (_one(rng, [other for other in scenes.COUNTABLE if other not in spec.names]), count)
+        asked += [("count", fine.count_question(name, count), True), ("count", fine.count_question(*wrong), False)]
+    if len(spec.groups) > 1:
+        wrong = _wrong_relation(spec, rng, record["split"], world_seed)
+        asked += [("relation", _relation(one, rng), one is spec) for one in (spec, wrong) if one]
+    return asked
+
+
+def _relation(spec: scenes.Spec, rng: np.random.Generator) -> str:
+    """The question about the spec's relation; of simultaneous events in either order."""
+    names = list(spec.names) if spec.relation == "followed by" else [spec.names[i] for i in rng.permutation(len(spec.names))]
+    return fine.relation_question(names, RELATION_NAMES[spec.relation])
+
+
+def _wrong_relation(spec: scenes.Spec, rng: np.random.Generator, split: str, world_seed: int) -> scenes.Spec | None:
+    """The spec with two neighbours swapped, the other relation, or an event replaced by one that does not sound."""
+    single = tuple((name, 1) for name in spec.names)
+    for _ in range(20):
+        groups, draw, relation = list(single), rng.random(), spec.relation
+        if draw < 0.35:
+            absent = [name for name in scenes.CLASSES if name not in spec.names]
+            groups[int(rng.integers(len(groups)))] = (_one(rng, absent), 1)
+        elif relation == "followed by" and draw < 0.75:
+            at = int(rng.integers(len(groups) - 1))
+            groups[at], groups[at + 1] = groups[at + 1], groups[at]
+        elif relation == "followed by":
+            relation = "while"
+        else:
+            relation, groups = "followed by", [groups[i] for i in rng.permutation(len(groups))]
+        wrong = scenes.Spec(tuple(groups), relation)
+        if scenes.combination_split(wrong, world_seed) in (split, "train"):
+            return wrong
+    return None
+
+
+def _one(rng: np.random.Generator, options: Sequence):
+    return options[int(rng.integers(len(options)))]
+
+
+def fine_texts() -> list[str]:
+    """Fine questions with every event and number of the embedded world, to build a vocabulary from."""
+    asked = [fine.EVENT.format(event=name) for name in scenes.CLASSES]
+    asked += [fine.count_question(name, count) for name in scenes.CLASSES for count in fine.TIMES]
+    pairs = list(zip(scenes.CLASSES, scenes.CLASSES[1:], strict=False))
+    return asked + [fine.relation_question(pair, relation) for pair in pairs for relation in ("sequence", "parallelism")]
 
 
 def gather_texts(corpus, seed: int, *, size: int = 64, batches: int = 16) -> list[str]:
@@ -208,18 +252,21 @@ def fit_lalm(
     """Trains the judge from nothing; returns the reward and the history (losses in nats, shares of right answers).
 
     corpus.batch(generator, size) -> dict(audio (B, T) float32 at 16 kHz, captions, negatives: list of {kind: caption},
-    activity (B, frames, classes) in [0, 1]). The first warmup_steps of `steps` train the audio tower alone to tell
-    which events sound when, through a linear head that is thrown away (and kept on with weight activity_weight); the
-    others also ask one true and negatives_per_clip false captions a clip, yes and no weighing half each, and ask for
+    activity (B, frames, classes) in [0, 1]); where it also gives `positions`, corpus.records holds scenes there (groups,
+    relation, split), and the questions of `draw_questions` are asked too. The first warmup_steps of `steps` train the audio tower
+    alone to tell which events sound when, through a linear head that is thrown away (and kept on with weight activity_weight);
+    the others also ask one true and negatives_per_clip false captions a clip, yes and no weighing half each, and ask for
     the caption. texts: what the vocabulary is built from; None reads 1,024 clips' captions and negatives.
     """
     from resonate_lib.training import autocast, fit
 
     if not 0 <= warmup_steps < steps:
         raise ValueError(f"warmup_steps={warmup_steps} of steps={steps}: leave at least one step for the questions")
-    processor = build_processor(gather_texts(corpus, seed) if texts is None else texts, shape)
+    texts = gather_texts(corpus, seed) if texts is None else texts
+    processor = build_processor([*texts, *fine_texts()], shape)
     model = build_model(processor, shape, seed=seed).to(device).train()
-    classes = corpus.batch(initial_seed(seed), 1)["activity"].shape[-1]
+    example = corpus.batch(initial_seed(seed), 1)
+    classes, scenes_known = example["activity"].shape[-1], "positions" in example
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(shape.width, classes).to(device)
@@ -239,9 +286,14 @@ def fit_lalm(
             active = activity_loss(head(heard), batch["activity"].to(device))
             loss, numbers = active, {"activity": active.item()}
             if i >= warmup_steps:
-                packed = packer(batch["captions"], draw_negatives(batch["negatives"], negatives_per_clip, generator))
-                asked, more = answer_loss(answer_logits(model, packer, packed, heard), packed, caption_weight)
-                loss, numbers = asked + activity_weight * active, numbers | more
+                false = draw_negatives(batch["negatives"], negatives_per_clip, generator)
+                rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+                known = [corpus.records[position] for position in batch.get("positions", ())]
+                drawn = [draw_questions(record, rng, corpus.world_seed) for record in known]
+                asked = [[one[1:] for one in own] for own in drawn] or None
+                packed = packer(batch["captions"], false, asked)
+                answered, more = answer_loss(answer_logits(model, packer, packed, heard), packed, caption_weight)
+                loss, numbers = answered + activity_weight * active, numbers | more
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -252,5 +304,5 @@ def fit_lalm(
     history = fit(step, steps=steps, modules=modules, label="LALM", seed=seed, checkpoint=checkpoint)
     model.set_attn_implementation("sdpa")
     card = card_of(shape, seed=seed, steps=steps, warmup_steps=warmup_steps, batch_size=batch_size,
-                   negatives_per_clip=negatives_per_clip)
+                   negatives_per_clip=negatives_per_clip, questions=["caption", *(fine.PARTS if scenes_known else ())])
     return LalmReward(model, processor, card=card | {"learning_rate": learning_rate}), history

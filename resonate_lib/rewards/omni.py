@@ -19,8 +19,8 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from resonate_lib.rewards.base import LONGEST_TRIM, Reward, RewardResult
-from resonate_lib.rewards.lalm import QUESTION, LalmReward, answer_ids, mel_frames, refuse_control_tokens, yes_or_no
+from resonate_lib.rewards.base import LONGEST_TRIM, Reward, RewardResult, clip_of
+from resonate_lib.rewards.lalm import LalmReward, answer_ids, mel_frames, published, refuse_control_tokens, yes_or_no
 
 SYSTEM = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and visual "
@@ -145,9 +145,9 @@ class AudioJudge:
             self._rows = weight[self.yes + self.no].float()
 
     def _render(self) -> str:
-        turns = conversation(self.family, {"type": "audio"}, QUESTION)
+        turns = conversation(self.family, {"type": "audio"}, "{question}")
         text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        if text.count(self.processor.audio_token) != 1 or text.count("{caption}") != 1:
+        if text.count(self.processor.audio_token) != 1 or text.count("{question}") != 1:
             raise ValueError(f"the chat template gives {text!r}: one {self.processor.audio_token} and the question are needed")
         return text
 
@@ -157,8 +157,9 @@ class AudioJudge:
         places = [place for place in getattr(self.model, "hf_device_map", {}).values() if place not in ("cpu", "disk")]
         return torch.device(places[0]) if places else self.model.device
 
-    def inputs(self, clips: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the real processor gives for each of these waveforms (at 16 kHz) and questions alone, left-padded to a batch."""
+    def inputs(self, clips: Sequence[Tensor], questions: Sequence[str], of: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """What the real processor gives for each question and its waveform (at 16 kHz) alone, left-padded to a batch. of: the
+        clip that each question is about, default its own."""
         extractor, device, token = self.processor.feature_extractor, self.device, self.processor.audio_token
         clips = [clip.to(device) for clip in clips]
         if self.family.padding == "none":
@@ -166,19 +167,21 @@ class AudioJudge:
             window = 2 * self.model.config.audio_config.n_window * extractor.hop_length
             clips = [nn.functional.pad(clip, (0, max(0, window - len(clip)))) for clip in clips]
         features, frames = clip_features(clips, extractor, self.family.padding)
+        if of is not None:
+            features, frames = features[list(of)], frames[list(of)]
         texts = []
-        for prompt, count in zip(prompts, self.family.tokens(frames).tolist(), strict=True):
-            refuse_control_tokens(prompt, self.special)
-            texts.append(self.text.replace(token, token * count).replace("{caption}", prompt))
+        for question, count in zip(questions, self.family.tokens(frames).tolist(), strict=True):
+            refuse_control_tokens(question, self.special)
+            texts.append(self.text.replace(token, token * count).replace("{question}", question))
         tokens = self.processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         own = torch.arange(features.shape[-1], device=device) < frames[:, None]
         words = {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}
         return words | {"input_features": features, "feature_attention_mask": own.long()}
 
     @torch.no_grad()
-    def logits(self, clips: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        """Logits (B, vocabulary) float32 of the answer's first token; only the last position goes through the output layer."""
-        inputs = self.inputs(clips, prompts)
+    def logits(self, clips: Sequence[Tensor], questions: Sequence[str], of: Sequence[int] | None = None) -> Tensor:
+        """Logits (Q, vocabulary) float32 of the answer's first token; only the last position goes through the output layer."""
+        inputs = self.inputs(clips, questions, of)
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         hidden = self.model.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state[:, -1]
         logits = self.model.lm_head(hidden).float()
@@ -188,26 +191,37 @@ class AudioJudge:
 
     def question(self, caption: str) -> str:
         """What is asked of a clip, in the chat template, to be read."""
-        return self.text.replace("{caption}", caption)
+        return self.text.replace("{question}", *published([caption]))
 
     def answer_logits(self, audio: Tensor, sample_rate: int, prompts: Sequence[str]) -> Tensor:
         """Logits (B, vocabulary) of the answer's first token to a few clips (B, T), in one batch."""
-        return self.logits(self._heard(audio, sample_rate, prompts), prompts).cpu()
+        return self.logits(self._heard(audio, sample_rate, prompts), published(prompts)).cpu()
 
     def _heard(self, audio, sample_rate, prompts) -> list[Tensor]:
         extractor = self.processor.feature_extractor
         longest = extractor.n_samples / extractor.sampling_rate
         return to_clips(audio, sample_rate, prompts, extractor.sampling_rate, longest)
 
-    def __call__(
-        self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
+    def ask(
+        self, audio: Tensor, sample_rate: int, questions: Sequence[str], clips: Sequence[int] | None = None
     ) -> RewardResult:
-        clips, found = self._heard(audio, sample_rate, prompts), []
-        for start in range(0, len(clips), self.batch_size):
-            logits = self.logits(clips[start : start + self.batch_size], prompts[start : start + self.batch_size])
+        """Scores (Q,) and parts of Q questions in full. clips: the row of audio that each is about, its log-mel made once a
+        batch; None: the i-th question is about the i-th clip."""
+        heard = self._heard(audio, sample_rate, questions if clips is None else range(len(audio)))
+        of, found = clip_of(questions, len(heard), clips), []
+        for start in range(0, len(questions), self.batch_size):
+            rows = of[start : start + self.batch_size]
+            own = {clip: place for place, clip in enumerate(dict.fromkeys(rows))}
+            asked = list(questions[start : start + self.batch_size])
+            logits = self.logits([heard[clip] for clip in own], asked, [own[clip] for clip in rows])
             answered = torch.isin(logits.argmax(-1).cpu(), self.replies)
             found.append([*(part.cpu() for part in yes_or_no(logits, self.yes, self.no)), answered])
         return judged(*(torch.cat(part) for part in zip(*found, strict=True)), self.fallback)
+
+    def __call__(
+        self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
+    ) -> RewardResult:
+        return self.ask(audio, sample_rate, published(prompts))
 
 
 def judged(logit: Tensor, mass: Tensor, answered: Tensor, fallback: str) -> RewardResult:

@@ -22,8 +22,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from resonate_lib.rewards.base import RewardResult
-from resonate_lib.rewards.lalm import NO, QUESTION, YES, refuse_control_tokens
+from resonate_lib.rewards.base import RewardResult, clip_of
+from resonate_lib.rewards.lalm import NO, YES, published, refuse_control_tokens
 from resonate_lib.rewards.omni import FALLBACKS, FAMILIES, Family, check_choices, conversation, judged, to_clips
 
 RATE = 16000  # Hz, what the judges hear
@@ -73,22 +73,30 @@ class RemoteJudge:
     def __call__(
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
     ) -> RewardResult:
-        for prompt in prompts:
-            refuse_control_tokens(prompt, re.findall(r"<\|[^<>|]*\|>", prompt))
-        clips = to_clips(audio, sample_rate, prompts, RATE, LONGEST)
+        return self.ask(audio, sample_rate, published(prompts))
+
+    def ask(
+        self, audio: Tensor, sample_rate: int, questions: Sequence[str], clips: Sequence[int] | None = None
+    ) -> RewardResult:
+        """Scores (Q,) and parts of Q questions in full, a request each. clips: the row of audio that each is about; None: the
+        i-th question is about the i-th clip."""
+        for question in questions:
+            refuse_control_tokens(question, re.findall(r"<\|[^<>|]*\|>", question))
+        heard = to_clips(audio, sample_rate, questions if clips is None else range(len(audio)), RATE, LONGEST)
+        of = clip_of(questions, len(heard), clips)
         stop, failed = threading.Event(), []
 
-        def ask(clip: Tensor, prompt: str) -> tuple[float, float, bool]:
+        def ask(question: str, clip: int) -> tuple[float, float, bool]:
             try:
-                return self._ask(clip, prompt, stop)
+                return self._ask(heard[clip], question, stop)
             except Exception as error:
                 failed.append(error)  # the first is the reason, what follows was stopped by it
                 stop.set()
                 raise
 
-        with ThreadPoolExecutor(min(self.in_flight, len(clips))) as pool:
+        with ThreadPoolExecutor(min(self.in_flight, len(questions))) as pool:
             try:
-                answers = list(pool.map(ask, clips, prompts))
+                answers = list(pool.map(ask, questions, of))
             except Exception:
                 raise failed[0] from None
             finally:  # after one failure, or Ctrl-C, nothing more is sent
@@ -98,25 +106,25 @@ class RemoteJudge:
 
     def question(self, caption: str) -> str:
         """What is asked of a clip, as the server is told, to be read."""
-        return json.dumps(conversation(self.family, {"type": "input_audio"}, QUESTION.format(caption=caption)), indent=1)
+        return json.dumps(conversation(self.family, {"type": "input_audio"}, *published([caption])), indent=1)
 
-    def body(self, clip: Tensor, prompt: str) -> dict:
-        """The request for one clip (T,) at 16 kHz: one token, greedy, with its `top` log-probabilities."""
+    def body(self, clip: Tensor, question: str) -> dict:
+        """The request for a question about one clip (T,) at 16 kHz: one token, greedy, with its `top` log-probabilities."""
         buffer = io.BytesIO()
         soundfile.write(buffer, clip.cpu().numpy(), RATE, format="WAV", subtype="FLOAT")  # 16 bits are heard in quiet clips
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         sound = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
         return {
             "model": self.model,
-            "messages": conversation(self.family, sound, QUESTION.format(caption=prompt)),
+            "messages": conversation(self.family, sound, question),
             "max_tokens": 1,
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": self.top,
         }
 
-    def _ask(self, clip: Tensor, prompt: str, stop: threading.Event) -> tuple[float, float, bool]:
-        body = json.dumps(self.body(clip, prompt)).encode()
+    def _ask(self, clip: Tensor, question: str, stop: threading.Event) -> tuple[float, float, bool]:
+        body = json.dumps(self.body(clip, question)).encode()
         for attempt in range(self.attempts):
             if stop.wait(self.backoff * 2 ** (attempt - 1) if attempt else 0):
                 break
