@@ -40,6 +40,9 @@ HEADLINE = pd.DataFrame(
         "exact_gain": [np.nan, 0.12],
         "exact_gain_low": [np.nan, 0.08],
         "exact_gain_high": [np.nan, 0.16],
+        "exact_p_holm": [np.nan, 0.01],
+        "exact_t_low": np.nan,
+        "exact_t_high": np.nan,
     }
 )
 rng = np.random.default_rng(0)
@@ -61,7 +64,6 @@ FIGURES = {
     "lines_with_intervals": lambda: plots.lines_with_intervals(SUMMARY.assign(guidance=[1, 2, 3] * 3), "guidance"),
     "radar": lambda: plots.radar(SUMMARY, axis="kind"),
     "gains": lambda: plots.gains(HEADLINE),
-    "table_figure": lambda: plots.table_figure(HEADLINE, title="headline"),
     "judge_agreement": lambda: plots.judge_agreement(
         rng.random(30), rng.random(30), labels=("CLAP", "LALM"), truth=rng.random(30) > 0.5
     ),

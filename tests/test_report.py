@@ -79,20 +79,6 @@ def test_power_note_by_hand():
     assert "nothing can be said" in report.power_note(made({"base": 0.0, "DPO": 0.0}), "exact")
 
 
-def test_robustness_has_intervals_over_pairs():
-    clean = made({"base": 0.3, "NFT": 0.4})
-    same = suite.robustness(clean, clean, names=("exact",)).set_index("system").loc["NFT"]
-    assert same[["exact_ratio", "exact_ratio_low", "exact_ratio_high"]].tolist() == [1, 1, 1]  # paired: no spread at all
-    lines = suite.robustness(made({"base": 0.0, "NFT": 0.4}), clean, names=("exact", "event_f1"))
-    line = lines.set_index("system").loc["base"]
-    assert line["exact_ratio"] == pytest.approx(line["exact"] / line["exact_clean"]) and line["prompts"] == 200
-    assert line["exact_ratio_low"] < line["exact_ratio"] < line["exact_ratio_high"] < 1
-    for name in ("exact", "exact_clean", "exact_ratio", "event_f1", "event_f1_clean", "event_f1_ratio"):
-        assert {f"{name}_low", f"{name}_high"} <= set(lines.columns)
-    with pytest.raises(ValueError, match="perturbed and clean"):
-        suite.robustness(clean, made({"base": 0.3, "NFT": 0.4}, first=500), names=("exact",))
-
-
 def test_no_table_shows_a_mean_without_its_interval():
     rows = made({"base": 0.0, "NFT": 0.1}).assign(event_count=1, event_relation="None")
     for table in (report.by_kind(rows, names=("exact",)), report.by_count_and_relation(rows, names=("exact",))):
@@ -230,11 +216,13 @@ def test_over_seeds_gives_robustness_and_power(tmp_path):
         rows[column] = 0.0
     folder = version(tmp_path, rows, 1)
     for seed in (0, 1):
-        parts = [rows[rows["seed"] == seed].assign(part=part) for part in ("robustness", "clean")]
+        mine = rows[rows["seed"] == seed].assign(perturbation_type="space", notes="")
+        parts = [mine.assign(part=part) for part in ("robustness", "clean")]
         runs.write_table(folder / f"seed{seed}" / "metrics", "tta_parts_rows", pd.concat(parts))
     tables, said = suite.over_seeds(folder, n=200)
-    assert tables["tta_robustness"][["exact_ratio_low", "exact_ratio_high"]].eq(1).all().all()
-    assert (tables["tta_robustness"]["seeds"] == 2).all() and "With these 30 prompts a difference of" in said
+    ratio = tables["tta_robustness_ratio"]
+    assert ratio[ratio["metric"] == "exact_ratio"][["low", "high"]].eq(1).all().all()  # perturbed and clean alike
+    assert (ratio["seeds"] == 2).all() and "With these 30 prompts a difference of" in said
     headline = runs.write_table(tmp_path, "headline", tables["tta_headline"])
     assert json.loads((tmp_path / "headline.json").read_text())[0]["exact_p"] is None
     assert "exact" in report.readable(headline, ("exact",)) and metrics.HEADLINE[0] == "exact"

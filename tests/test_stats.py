@@ -218,18 +218,6 @@ def test_sides_apart_are_wider_than_pairs():
     assert math.isnan(apart.t.low) and math.isnan(stats.compare_apart(*sides).gain.low)  # one prompt says nothing
 
 
-def test_quotient_of_pairs():
-    rng, ones = np.random.default_rng(9), np.ones(400)
-    b = rng.uniform(1, 3, size=400)
-    exact = stats.paired_quotient(0.5 * b, ones, b, ones)
-    assert exact == pytest.approx((0.5, 0.5, 0.5))
-    a = 0.5 * b + rng.normal(0, 0.1, 400)
-    found = stats.paired_quotient(a, ones, b, ones, n=20000)
-    error = (a - found.mean * b).std(ddof=1) / 20 / b.mean()  # delta method
-    assert (found.low, found.high) == pytest.approx((found.mean - 1.96 * error, found.mean + 1.96 * error), abs=2e-4)
-    assert math.isnan(stats.paired_quotient(a, ones, 0 * b, ones).mean)
-
-
 def test_holm_known_values():
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert stats.holm([0.01, math.nan, 0.02, 0.9]) == pytest.approx([0.03, math.nan, 0.04, 0.9], nan_ok=True)

@@ -118,18 +118,6 @@ def paired_ratio(
     return compare(top_a, bottom_a, top_b, bottom_b, groups, seeds, n=n, seed=seed, confidence=confidence).gain
 
 
-def paired_quotient(
-    top_a, bottom_a, top_b, bottom_b, groups=None, seeds=None, *, n: int = 2000, seed: int = 0, confidence: float = 0.95
-) -> Interval:
-    """One ratio of sums over another, a / b, over the same resampled prompts and seeds; all inputs (M,); nan where b is 0."""
-    tables = paired_tables(top_a, bottom_a, top_b, bottom_b, groups, seeds)
-    sums = resampled(tables, n=n, seed=seed)
-    totals = [table.sum() for table in tables]
-    point = divide(divide(*totals[:2]), divide(*totals[2:]))
-    samples = divide(divide(*sums[:2]), divide(*sums[2:]))
-    return _interval(point, samples, tables[0].shape[0], confidence)
-
-
 def compare(
     top_a, bottom_a, top_b, bottom_b, groups=None, seeds=None, *, n: int = 2000, seed: int = 0, confidence: float = 0.95
 ) -> Comparison:

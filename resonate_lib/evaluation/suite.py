@@ -14,7 +14,7 @@ import torch
 
 from resonate_lib import audio, versions
 from resonate_lib.data import scenes
-from resonate_lib.evaluation import metrics, report, stats, ttabench
+from resonate_lib.evaluation import metrics, parts, report, ttabench
 from resonate_lib.models.generator import Generator
 
 FOLDERS = {
@@ -117,30 +117,6 @@ def evaluate_all(
     return rows.sort_values("setting", key=lambda column: column.map(order.index), kind="stable", ignore_index=True)
 
 
-def robustness(rows: pd.DataFrame, clean: pd.DataFrame, *, names: Sequence[str] = EVENTS, n: int = 2000) -> pd.DataFrame:
-    """Each metric of `names` on perturbed prompts, on the same prompts unperturbed, and their ratio, for each system.
-
-    Columns: system, prompts, seeds, then for each metric m: m, m_clean and m_ratio, each with its 95 % interval (_low, _high);
-    the ratio's is over pairs. rows, clean: the same ids, samples and seeds (ValueError where none are shared).
-    """
-    lines = []
-    for system, perturbed in rows.groupby("system", sort=False):
-        shared = ["id", "sample", "seed"]
-        a, b = (part.set_index(shared) for part in (perturbed, clean[clean["system"] == system]))
-        common = a.index.intersection(b.index)
-        if not len(common):
-            raise ValueError(f"{system}: no prompt is there perturbed and clean; pass rows with the same ids, samples and seeds")
-        a, b = (part.loc[common].reset_index() for part in (a, b))
-        line = {"system": system, "prompts": a["id"].nunique(), "seeds": a["seed"].nunique()}
-        for metric in names:
-            ratio = stats.paired_quotient(*metrics.parts(a, metric), *metrics.parts(b, metric), a["id"], a["seed"], n=n)
-            found = {metric: metrics.measure(a, metric, n=n), f"{metric}_clean": metrics.measure(b, metric, n=n)}
-            for name, interval in (found | {f"{metric}_ratio": ratio}).items():
-                line |= interval.columns(name)
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
 def save_clips(
     systems: Mapping[str, Generator],
     records: Sequence[dict],
@@ -172,11 +148,6 @@ def real_and_procedural(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
     return metrics.summarise(rows, ["setting", "system"], metrics=("event_f1_real", "event_f1_procedural"), n=n)
 
 
-def over_parts(rows: pd.DataFrame, *, names: Sequence[str] = (*EVENTS, "aqa"), n: int = 2000) -> pd.DataFrame:
-    """`metrics.summarise` per part of the benchmark and system."""
-    return metrics.summarise(rows, ["part", "system"], metrics=names, n=n)
-
-
 def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]:
     """Notebook 06's tables with intervals, by name, and its words, over all seeds of a version: the rows of
     `seed*/metrics/tta_rows.csv` and `tta_parts_rows.csv`, prompts and seeds resampled.
@@ -195,11 +166,10 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]
     if EVENTS[0] in names:
         tables |= {"tta_by_kind": report.by_kind(rows, names=EVENTS), "tta_real_procedural": real_and_procedural(rows, n=n)}
     if any(Path(version).glob("**/metrics/tta_parts_rows.csv")):
-        parts = versions.read_rows(version, "tta_parts_rows")
-        tables["tta_parts"] = over_parts(parts, names=short[:3], n=n)
-        perturbed, clean = (parts[parts["part"] == part] for part in ("robustness", "clean"))
-        if len(perturbed) and len(clean):
-            tables["tta_robustness"] = robustness(perturbed, clean, names=short[:2], n=n)
+        others = versions.read_rows(version, "tta_parts_rows")
+        same = rows["setting"].isin(others["setting"]) & rows["system"].isin(others["system"])
+        found = parts.tables(pd.concat([rows[same], others], ignore_index=True), names=short[:3], n=n)
+        tables |= {f"tta_{name}": table for name, table in found.items()}
     main = short[0] if short else names[0]
     said = report.words(rows, metric=main, alternatives=("base trained on", *best))
     return tables, f"{said}\n\n{report.power_note(rows, main)}"

@@ -22,8 +22,6 @@ from resonate_lib.data.corpus import Corpus, LazyCorpus, open_corpus
 from resonate_lib.evaluation import suite
 from resonate_lib.evaluation.judge import Judge
 
-PARTS = ("accuracy", "generalization", "robustness")
-
 
 class EmbeddedWorld:
     """Scenes of 18 events, each with its events known (`data.scenes`); prompts are combinations held out from training."""
