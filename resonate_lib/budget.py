@@ -25,14 +25,17 @@ from resonate_lib.models import pretrained
 from resonate_lib.models.flux_audio import FluxAudio, fluxaudio_m_44k
 from resonate_lib.models.pretrained import PARTS, beside, flux_config, locate, read_weights
 
-TRIAL = "own reward"  # notebook 04's last training: one small round, with all its networks still there
-STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", TRIAL), "05": ("grpo",)}
+TRIAL = "own reward"  # of notebook 04: one small round of GRPO, with all its networks still there
+HACK = "planted hack"  # its last training: NFT once more, in rounds that are no larger
+STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", TRIAL, HACK), "05": ("grpo",)}
 # Networks that a notebook holds besides that of its stage: the base, and students of earlier stages.
-BESIDE = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, f"04 {TRIAL}": 3, "05 grpo": 1}
+BESIDE = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, f"04 {TRIAL}": 3, f"04 {HACK}": 3}
+BESIDE |= {"05 grpo": 1}
 SYSTEMS = {"00": 2, "06": 6, "07": 5}  # networks of the notebooks that only generate: the base and what was tuned
 HEARING = {  # who hears, besides the reward lines
     "02": ("clap", "lalm", "clap_eval", "lalm_eval"),
-    "05": ("clap", "lalm", "clap_eval", "lalm_eval"),
+    "04": ("clap_eval", "aesthetics"),  # the watch, as in 05
+    "05": ("clap", "lalm", "clap_eval", "lalm_eval", "aesthetics"),
     "06": ("clap", "clap_eval", "lalm_eval", "aesthetics", "msclap"),
 }
 SCORERS = {"clap": "clap", "lalm": "qwen25_omni", "clap_eval": "clap", "lalm_eval": "qwen3_omni", "aesthetics": "aesthetics",
@@ -94,6 +97,7 @@ def _stage(config, number: str, section: str, given: Mapping[str, Any]) -> Confi
     the others' begin with the stage's name."""
     if section == TRIAL:
         return replace(_stage(config, number, "grpo", given), steps=1, prompts_per_step=2, minibatches=1)
+    section = "nft" if section == HACK else section
     names, first = set(config[section]), section == STAGES[number][0]
     mine = {key: value for key, value in given.items() if key in names and (first or key == "trained")}
     mine |= {key.removeprefix(f"{section}_"): value for key, value in given.items() if key.removeprefix(f"{section}_") in names

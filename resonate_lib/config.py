@@ -230,6 +230,7 @@ class GRPOConfig(Config):
     sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a round
     micro_batch: int = knob(0, low=0)  # clips per forward and backward, gradients added up; 0: all at once
     checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
+    watch_every: int = knob(0, low=0)  # rounds between two looks of the watch, in whole turns of the guidances; 0: no watch
     reward: str = "clap"
 
     @property
@@ -292,6 +293,7 @@ class NFTConfig(Config):
     sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a round
     micro_batch: int = knob(0, low=0)  # clips per forward and backward, gradients added up; 0: all at once
     checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
+    watch_every: int = knob(0, low=0)  # rounds between two looks of the watch, in whole turns of the guidances; 0: no watch
     reward: str = "clap"
 
     def check(self) -> None:

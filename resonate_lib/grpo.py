@@ -17,11 +17,11 @@ from resonate_lib.online import (
     SAVE_EVERY,
     Rollouts,
     average_in,
-    collect,
+    collect_round,
     companion_of,
     draw_records,
-    draw_seed,
     group_advantages,
+    heard_by,
     in_parts,
     learning,
     make_optimizer,
@@ -207,15 +207,16 @@ def update(network, optimizer, reference, rollouts: Rollouts, config, generator:
 
 
 def train(
-    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None
+    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None, watch=None
 ) -> list[dict]:
     """Flow-GRPO on generator.network, in place; returns one dict of metrics per step.
 
     records: dicts with prompt_text, config.prompts_per_step different ones a step, config.group_size clips each. The
     KL's reference is the network as it is when this is called (with a checkpoint: call it with the same start).
     The rounds take config.guidance_scales in turn. With config.ema, what remains at the end is the average of the
-    weights over the rounds (`online.average_in`). callback(i, metrics) runs after each step. Metrics:
-    `online.reward_metrics` and `update`. Source: the published trainer's loop.
+    weights over the rounds (`online.average_in`). callback(i, metrics) runs after each step. watch(rollouts) -> dict adds to
+    the metrics of the rounds it hears (`online.watched_rounds`, by config.watch_every); one with a state_dict is saved and
+    restored with the training. Metrics: `online.reward_metrics` and `update`. Source: the published trainer's loop.
     """
     sde = {"noise_level": config.noise_level, "kind": config.kind, "last_step_noise": config.last_step_noise}
     with learning(generator.network.train(), config, seed=seed) as policy:
@@ -226,15 +227,12 @@ def train(
         def step(i: int, random: torch.Generator) -> dict[str, float]:
             warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
             chosen = draw_records(records, config.prompts_per_step, random)
-            rollouts = collect(
-                generator, policy, reward, chosen, group_size=config.group_size, steps=config.num_steps,
-                sde={**sde, "window": draw_window(config, random)},
-                guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random),
-                decode_iterations=config.decode_iterations, precision=config.precision, sample_batch=config.sample_batch,
+            rollouts = collect_round(
+                generator, policy, reward, chosen, config, i, random, sde={**sde, "window": draw_window(config, random)},
                 unnormalise=config.unnormalise,
             )  # fmt: skip
-            rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
             metrics = reward_metrics(rollouts) | update(policy, optimizer, reference, rollouts, config, random)
+            metrics |= heard_by(watch, rollouts, config, i)
             if config.ema:
                 average_in(average, policy, i, config.ema)
             if callback is not None:
@@ -242,6 +240,7 @@ def train(
             return metrics
 
         modules = {"network": policy, "optimizer": optimizer} | ({"average": average} if config.ema else {})
+        modules |= {"watch": watch} if hasattr(watch, "state_dict") else {}
         history = fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
                       save_every=SAVE_EVERY)
         policy.load_state_dict(average.state_dict())

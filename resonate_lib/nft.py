@@ -13,12 +13,11 @@ from resonate_lib.online import (
     SAVE_EVERY,
     Rollouts,
     average_in,
-    collect,
+    collect_round,
     companion_of,
     draw_records,
-    draw_seed,
     follow,
-    group_advantages,
+    heard_by,
     in_parts,
     learning,
     make_optimizer,
@@ -147,14 +146,15 @@ def update(networks, optimizer, rollouts: Rollouts, config, generator: torch.Gen
 
 
 def train(
-    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None
+    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None, watch=None
 ) -> list[dict]:
     """DiffusionNFT on generator.network, in place; returns one dict of metrics per step.
 
     The old policy, which samples by the deterministic solver, follows the trained one by `config.decay`. The rounds take
     `config.guidance_scales` in turn for sampling; the loss is always that of the conditional branch, as the method has
     it. The reference of the KL is the network as it is when this is called. What remains at the end is the average of
-    the weights over the rounds (`online.average_in`, by `config.ema`). callback(i, metrics) runs after each step.
+    the weights over the rounds (`online.average_in`, by `config.ema`). callback(i, metrics) runs after each step. watch: as for
+    `grpo.train`.
     """
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy) if config.beta_kl > 0 else None
@@ -164,13 +164,9 @@ def train(
         def step(i: int, random: torch.Generator) -> dict[str, float]:
             warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
             chosen = draw_records(records, config.prompts_per_step, random)
-            rollouts = collect(
-                generator, old, reward, chosen, group_size=config.group_size, steps=config.num_steps,
-                guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random),
-                decode_iterations=config.decode_iterations, precision=config.precision, sample_batch=config.sample_batch,
-            )  # fmt: skip
-            rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
+            rollouts = collect_round(generator, old, reward, chosen, config, i, random)
             metrics = reward_metrics(rollouts) | update((policy, old, reference), optimizer, rollouts, config, random)
+            metrics |= heard_by(watch, rollouts, config, i)
             follow(old, policy, old_policy_decay(i, config.decay))
             if config.ema:
                 average_in(average, policy, i, config.ema)
@@ -179,6 +175,7 @@ def train(
             return metrics
 
         modules = {"network": policy, "optimizer": optimizer, "old": old} | ({"average": average} if config.ema else {})
+        modules |= {"watch": watch} if hasattr(watch, "state_dict") else {}
         history = fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
                       save_every=SAVE_EVERY)
         policy.load_state_dict(average.state_dict())

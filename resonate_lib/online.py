@@ -1,5 +1,5 @@
 """What every online algorithm shares: draw prompts, sample groups of clips, hear them with the reward, compare within
-groups.
+groups, let a watch hear them too.
 
 No loss here: `grpo.py`, `nft.py` and `dpo.py` decide what to learn from the rollouts.
 """
@@ -25,7 +25,7 @@ class Rollouts:
 
     latents (n, N, C) final, in network space, sampled with guidance_scale; cond the n conditions; rewards (n,) float32;
     parts name -> (n,) what the reward is made of; group_ids (n,); advantages (n,) float64 or None before they are
-    computed; trajectory only with an SDE; audio (n, T) as the reward heard it.
+    computed; trajectory only with an SDE; audio (n, T) as the reward heard it, at sample_rate Hz; metadata the n records.
     """
 
     latents: Tensor
@@ -38,6 +38,8 @@ class Rollouts:
     prompts: list[str]
     audio: Tensor
     guidance_scale: float
+    metadata: list[dict]
+    sample_rate: int
 
     @property
     def groups(self) -> int:
@@ -149,8 +151,46 @@ def collect(
     latents, trajectories, audio, scores, named = zip(*map(sample, parts(len(prompts), sample_batch)), strict=True)
     return Rollouts(
         _join(latents), cond, _join(scores), {name: _join([part[name] for part in named]) for name in named[0]}, group_ids,
-        None, None if sde is None else _join_trajectories(trajectories), prompts, _join(audio), guidance_scale,
+        None, None if sde is None else _join_trajectories(trajectories), prompts, _join(audio), guidance_scale, metadata,
+        generator.sample_rate,
     )  # fmt: skip
+
+
+def collect_round(generator, policy, reward, records: list[dict], config, i: int, random: torch.Generator, **options) -> Rollouts:
+    """The rollouts of round i of a training by `config`, advantages computed: `collect` with the round's guidance and a seed
+    drawn from `random`. options: how an algorithm samples otherwise."""
+    rollouts = collect(
+        generator, policy, reward, records, group_size=config.group_size, steps=config.num_steps,
+        guidance_scale=config.guidance_scales[i % len(config.guidance_scales)], seed=draw_seed(random),
+        decode_iterations=config.decode_iterations, precision=config.precision, sample_batch=config.sample_batch, **options,
+    )  # fmt: skip
+    rollouts.advantages = group_advantages(rollouts.rewards, rollouts.group_ids, global_std=config.global_std)
+    return rollouts
+
+
+def watched_rounds(config) -> range:
+    """The rounds that a watch hears: the first, and every config.watch_every after it; none where that is 0.
+
+    Rounded up to whole turns of the guidances, so that all of them have the first one: others could not be compared.
+    """
+    turns = len(config.guidance_scales)
+    every = -(-config.watch_every // turns) * turns
+    return range(0, config.steps, every) if every else range(0)
+
+
+def heard_by(watch, rollouts: Rollouts, config, i: int) -> dict:
+    """What `watch(rollouts)` says of round i, for the history; {} without a watch, and in rounds that it does not hear.
+
+    Called when the round has been learned from, so that nothing a watch does can reach the training: it gets no generator,
+    no gradient, and what it draws from torch's own is put back. An alarm (`alarm`: what has parted from the reward) is printed.
+    """
+    if watch is None or i not in watched_rounds(config):
+        return {}
+    with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        found = watch(rollouts)
+    if found.get("alarm"):
+        print(f"round {i + 1}: ALARM, the reward has risen and this has parted from it: {found['alarm']}", flush=True)
+    return found
 
 
 def parts(count: int, most: int) -> list[slice]:

@@ -218,6 +218,29 @@ def reward_curves(
     return figure
 
 
+def watch_curves(table: pd.DataFrame, alarm: tuple[int, str] | None = None, *, title: str = "") -> Figure:
+    """The reward and what was watched beside it, on one axis, and an upright line at the first alarm.
+
+    table: from `watch.changes`. alarm: (step, what had parted), from `watch.first_alarm`.
+    """
+    figure, axes = _axes(size=(7.5, 3.4))
+    ax = axes[0, 0]
+    for index, (name, part) in enumerate(table.groupby("measure", sort=False)):
+        color, width = ("black", 2.2) if name == "reward" else (COLORS[(index - 1) % len(COLORS)], 1.4)
+        label = str(name).replace("_", " ")
+        ax.plot(part["step"], part["change"], marker=MARKERS[index % len(MARKERS)], color=color, linewidth=width, label=label)
+        ax.fill_between(part["step"], part["low"], part["high"], color=color, alpha=0.1, linewidth=0)
+    ax.axhline(0, color="black", linewidth=0.6)
+    if alarm is not None:
+        ax.axvline(alarm[0], color=COLORS[5], linestyle="--", linewidth=1.8)
+        text = _wrap(f"alarm: {alarm[1].replace('_', ' ')}", 24)
+        ax.annotate(text, (alarm[0], 0.02), xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points",
+                    ha="right", fontsize=8, color=COLORS[5])  # fmt: skip
+    ax.set(xlabel="step", ylabel="change since the first rounds\n(deviations between prompts)", title=title)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
 def ode_vs_sde(times, ode, sde, *, place: tuple[int, int] = (0, 0)) -> Figure:
     """One latent number on its way from noise (t=1) to data (t=0), by a deterministic and by a stochastic sampler.
 

@@ -322,13 +322,13 @@ def test_gains_compare_whole_turns():
 
 @pytest.mark.parametrize(("module", "config"), [(grpo, GRPO), (nft, NFT)], ids=["grpo", "nft"])
 def test_rounds_take_the_guidances_in_turn(module, config, monkeypatch):
-    taken = []
+    taken, original = [], online.collect
 
     def listening(*arguments, guidance_scale, **options):
         taken.append(guidance_scale)
-        return online.collect(*arguments, guidance_scale=guidance_scale, **options)
+        return original(*arguments, guidance_scale=guidance_scale, **options)
 
-    monkeypatch.setattr(module, "collect", listening)
+    monkeypatch.setattr(online, "collect", listening)
     config = dataclasses.replace(config, steps=3, guidance_scales=(1.0, 2.0))
     history = module.train(ToyGenerator(), toy_reward, RECORDS, config, seed=0)
     assert all(row.get("first_ratio_deviation", 0.0) < 1e-6 for row in history)

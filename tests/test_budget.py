@@ -47,7 +47,7 @@ def parts_of(settings, *numbers, device="cpu", **given):
 # -------------------------------------------------------------------------------------------------- memory
 def test_every_notebook_has_a_plan_with_what_it_holds(settings):
     parts = parts_of(settings, "00", "01", "03", "04", "05", "06", "07")
-    names = ["00", "03 dpo", "03 pretrain", "04 grpo", "04 nft", "04 own reward", "05 grpo", "06", "07"]
+    names = ["00", "03 dpo", "03 pretrain", "04 grpo", "04 nft", "04 own reward", "04 planted hack", "05 grpo", "06", "07"]
     assert list(parts) == names
     assert parts["03 dpo"]["lalm"] == parts["03 pretrain"]["lalm"] == 22_400_000_000 and "clap" not in parts["03 dpo"]
     assert {"clap", "lalm"} <= parts["05 grpo"].keys() and parts["06"]["lalm_eval"] == 70_500_000_000
@@ -58,7 +58,8 @@ def test_every_notebook_has_a_plan_with_what_it_holds(settings):
 
 def test_networks_of_earlier_stages_are_counted(settings):
     parts = parts_of(settings, "02", "03", "04", "05", "06", "07")
-    beside = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, "04 own reward": 3, "05 grpo": 1}
+    beside = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, "04 own reward": 3, "04 planted hack": 3}
+    beside |= {"05 grpo": 1}
     for name, count in beside.items():
         assert parts[name][f"networks held beside: {count}, float32"] == count * SIZE and parts[name]["network, float32"] == SIZE
     assert parts["06"]["networks held: 6, float32"] == 6 * SIZE and parts["07"]["networks held: 5, float32"] == 5 * SIZE
@@ -160,7 +161,7 @@ def test_parts_are_asked_for_by_the_notebooks_that_use_them(whole, tmp_path):
     assert lacks(tmp_path / "tta" / "bias_prompt.json", ["06"], "bias_prompt.json: download") == []
     for name in ("model.safetensors", "config.json"):  # the older file is enough
         (tmp_path / "aesthetics" / name).unlink()
-    assert lacks(tmp_path / "aesthetics" / "checkpoint.pt", ["06"], "Aesthetics .* is not in .*model.safetensors") == []
+    assert lacks(tmp_path / "aesthetics" / "checkpoint.pt", ["04", "05", "06"], "Aesthetics .* is not in .*model.safetensors") == []
     (tmp_path / "tta" / "bias_prompt.json").write_text("[")
     with pytest.raises(ValueError, match=r"bias_prompt.json is not JSON"):
         budget.parts(whole, ["06"], {})
