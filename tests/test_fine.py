@@ -15,7 +15,7 @@ from resonate_lib.evaluation import ttabench
 from resonate_lib.rewards import RewardResult, base, load_reward
 from resonate_lib.rewards.fine import FineColumns, FineLalm, events_of, questions
 from resonate_lib.rewards.lalm import QUESTION, LalmReward, LalmShape
-from resonate_lib.rewards.lalm_training import draw_questions, fit_lalm
+from resonate_lib.rewards.lalm_training import draw_questions, fit_lalm, one_part
 from resonate_lib.rewards.packing import Tree, pack
 
 RATE = 16000
@@ -249,6 +249,12 @@ def test_fine_questions_are_answered_rightly_and_half_of_them_with_yes():
     assert len(counted) == 6  # events, three numbers, two relations
     assert all(0.3 < np.mean(answers) < 0.7 for answers in counted.values()), {k: np.mean(v) for k, v in counted.items()}
     assert len(asked_names) == 2 * len(scenes.CLASSES)  # every event sounds and is absent
+
+
+def test_one_part_is_a_true_and_a_false_question_of_one_kind():
+    asked = [("event", "a", True), ("event", "b", False), ("count", "c", True), ("count", "d", False)]
+    drawn = [tuple(one_part(asked, np.random.default_rng(i))) for i in range(40)]
+    assert set(drawn) == {(("a", True), ("b", False)), (("c", True), ("d", False))}
 
 
 def test_the_small_judge_learns_all_forms_at_once():
