@@ -21,6 +21,7 @@ from resonate_lib.data import audio_folder, prompts, scenes
 from resonate_lib.data.corpus import Corpus, LazyCorpus, open_corpus
 from resonate_lib.evaluation import suite
 from resonate_lib.evaluation.judge import Judge
+from resonate_lib.rewards.fine import FineColumns, taught
 
 
 class EmbeddedWorld:
@@ -152,7 +153,8 @@ def previews(profile: str, count: int, *, seed: int) -> list[dict]:
 
 def scorers(world, run, reward: str, *, text=None) -> dict:
     """Who scores the benchmark's clips: the world's judge, the training reward (`reward`) and CLAP (`reward_clap`), and second
-    models that no training heard (`aqa`, `clap`, `ms_clap`); those without a source are left out. text: shipped CLAPs' encoder."""
+    models that no training heard (`aqa`, `clap`, `ms_clap`); those without a source are left out. `fine` asks the model of `aqa`
+    about each event by itself, where it was taught to answer that. text: shipped CLAPs' encoder."""
     found = {
         "reward": run.reward(reward, text=text),
         "reward_clap": run.scorer("clap", text=text),
@@ -161,6 +163,8 @@ def scorers(world, run, reward: str, *, text=None) -> dict:
         "aesthetics": run.aesthetics(),
         "ms_clap": run.ms_clap(),
     }
+    if taught(found["aqa"]):
+        found["fine"] = FineColumns(found["aqa"], resolve(SuiteConfig, run.profile).sample_rate)
     return world.judge(run) | {name: scorer for name, scorer in found.items() if scorer is not None}
 
 

@@ -124,6 +124,11 @@ def joined(scores: Tensor) -> Tensor:
     return scores.clamp_min(1e-6).log().mean().exp()
 
 
+def taught(judge) -> bool:
+    """Whether a judge may be asked single questions: published ones may, a small one if its card tells of them."""
+    return judge is not None and (getattr(judge, "card", None) is None or "questions" in judge.card)
+
+
 class FineColumns:
     """Columns `fine`, `fine_events` (mean over the events) and `fine_relation` of the benchmark's rows by one judge; nan where a
     record lists no events. A scorer of `ttabench.evaluate`: it has the `score` of a judge."""
