@@ -386,6 +386,7 @@ def radar(table: pd.DataFrame, *, metric: str = "exact", axis: str = "part", hue
     margin = 0.15 * (highest - lowest) or 0.1
     centre = max(0.0, lowest - margin) if lowest >= 0 else lowest - margin
     figure, axes = _axes(size=(6.8, 5.0), subplot_kw={"projection": "polar"})
+    figure.get_layout_engine().set(rect=(0.09, 0, 0.91, 1))  # it does not see how far the labels of the left reach
     ax, angles = axes[0, 0], 2 * np.pi * np.arange(len(names)) / len(names)
     for index, name in enumerate(hues):
         part, color = rows[rows[hue] == name].set_index(axis).reindex(names), _color(name, index)
