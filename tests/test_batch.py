@@ -371,14 +371,14 @@ def test_the_benchmark_over_seeds_pools_their_rows(folder):
          "order": 1.0, "reward": 0.5, "aqa": 0.5, "clap": 0.5}
         for system in ("base", "best of 2", "DPO") for i in range(20)]
     run.write_metrics("tta_rows", rows)
-    run.write_metrics("tta_parts_rows", rows)
+    run.write_metrics("tta_parts_rows", [{**row, "part": "generalization"} for row in rows])
     run.write_metrics("tta_by_count_and_relation", [{"event_relation": "None", "exact": 1.0}])
     run.write_metrics("tta_headline", [{"system": "DPO", "exact": 0.5, "exact_low": 0.1, "exact_high": 0.9}])"""
     write_notebook(folder, "06_a.ipynb", OPEN, "\n".join(line.removeprefix("    ") for line in rows.splitlines()))
     version, run = batch.start(Request(seeds=(0, 1), overrides={}))
     assert run["status"] == "DONE", run["exit_reason"]
-    names = ["tta_by_count_and_relation", "tta_by_kind", "tta_headline", "tta_parts", "tta_real_procedural", "tta_words"]
-    assert sorted(path.stem for path in (version / "metrics").glob("*.csv")) == names
+    names = ["by_count_and_relation", "by_kind", "headline", "words", "real_procedural", "parts", "accuracy", "generalization"]
+    assert {path.stem.removeprefix("tta_") for path in (version / "metrics").glob("*.csv")} == set(names)
     groups = versions.read_table(version / "metrics" / "tta_by_count_and_relation.csv")
     assert set(groups["event_relation"]) == {"None"} and (groups["seeds"] == 2).all() and groups["low"].notna().all()
     line = versions.pd.read_csv(version / "metrics" / "tta_headline.csv").set_index("system").loc["DPO"]
