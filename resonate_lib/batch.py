@@ -297,16 +297,16 @@ def _summarise(plan: Plan, version: Path) -> None:
     from resonate_lib.evaluation import metrics, report, suite
 
     settings = {**plan.payload["config"]["eval"], **plan.parameters.get("06", {})}
-    tables, said = suite.over_seeds(version, n=settings["bootstrap"])
+    tables, said, main = suite.over_seeds(version, n=settings["bootstrap"])
     for name, table in tables.items():
         runs.write_table(version / "metrics", name, table)
     table = tables["tta_headline"]
     runs.write_table(version / "metrics", "tta_words", {"words": said})
-    names = [name for name in metrics.HEADLINE if name in table]
+    names = [main, *(name for name in metrics.HEADLINE if name in table and name != main)]
     record.atomic_write(version / "metrics" / "tta_headline.md", report.to_markdown(report.readable(table, names[:3])))
     record.atomic_write(version / "metrics" / "tta_headline.tex", report.to_latex(report.readable(table, names[:1])))
     title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds"
-    plots.save(plots.gains(table, title=title), version / "figures" / "tta_gains.png")
+    plots.save(plots.gains(table, metric=main, title=title), version / "figures" / "tta_gains.png")
 
 
 def _run(plan: Plan, version: Path, run: dict[str, Any], every: float) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_auc_is_the_share_of_ordered_pairs():
 
 def test_balanced_accuracy_and_threshold():
     scores, truth = [0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]
-    assert agreement.best_threshold(scores, truth) == 0.2
+    assert agreement.best_threshold(scores, truth) == 0.5  # midway, so that a new false one a little higher is still a no
     assert agreement.balanced_accuracy(scores, truth, 0.2) == 1.0
     assert agreement.balanced_accuracy(scores, truth, 0.15) == 0.75
 
@@ -107,7 +107,8 @@ def test_a_perfect_judge():
     line = agreement.accuracy_table(rows, {"perfect": 0.5}).iloc[-1]
     assert line["kind"] == agreement.ALL and line["n"] == 100
     for name in ("balanced_accuracy", "auc", "pair_accuracy"):
-        assert line[[name, f"{name}_low", f"{name}_high"]].tolist() == [1, 1, 1]
+        assert line[[name, f"{name}_high"]].tolist() == [1, 1]
+        assert line[f"{name}_low"] == pytest.approx(100 / (100 + 1.96**2), abs=1e-4)  # Wilson: 100 clips without a mistake
     error = agreement.calibration_table(rows, ["perfect"]).iloc[0]
     assert error[["ece", "ece_low", "ece_high", "brier", "brier_high", "ece_chance"]].tolist() == [0] * 6
     curve = agreement.reliability_table(rows, ["perfect"])
@@ -118,7 +119,7 @@ def test_a_judge_that_always_says_yes():
     truth = np.tile([1, 0], 100)
     rows = rows_of(truth, yes=0.99)
     line = agreement.accuracy_table(rows, {"yes": 0.5}).iloc[0]
-    assert line[["balanced_accuracy", "auc", "pair_accuracy"]].tolist() == [0.5, 0.5, 0]
+    assert line[["balanced_accuracy", "auc", "pair_accuracy"]].tolist() == [0.5, 0.5, 0.5]
     biases = agreement.yes_table(rows, {"yes": 0.5}).set_index("kind")
     assert biases["share_yes"].tolist() == [1, 1] and biases["mean_score"].tolist() == pytest.approx([0.99] * 2)
     assert biases["share_yes_low"].tolist() == pytest.approx([100 / (100 + 1.96**2)] * 2, abs=1e-4)  # Wilson at 100 of 100
@@ -233,7 +234,7 @@ def test_a_reward_that_knows_the_captions_is_right_everywhere(scenes6):
     assert (rows["oracle_yes_mass"] == 1).all() and set(rows["clip"]) == set(range(6))
     assert (table[["balanced_accuracy", "auc", "pair_accuracy"]] == 1).all(axis=None)
     summary = agreement.as_summary(table)
-    assert summary["metric"].unique().tolist() == ["pair_accuracy"] and (summary[["mean", "low", "high"]] == 1).all(axis=None)
+    assert summary["metric"].unique().tolist() == ["pair_accuracy"] and (summary[["mean", "high"]] == 1).all(axis=None)
 
 
 def test_the_judge_gets_what_each_wrong_caption_asks(scenes6):

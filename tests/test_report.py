@@ -219,7 +219,8 @@ def test_over_seeds_gives_robustness_and_power(tmp_path):
         mine = rows[rows["seed"] == seed].assign(perturbation_type="space", notes="")
         parts = [mine.assign(part=part) for part in ("robustness", "clean")]
         runs.write_table(folder / f"seed{seed}" / "metrics", "tta_parts_rows", pd.concat(parts))
-    tables, said = suite.over_seeds(folder, n=200)
+    tables, said, main = suite.over_seeds(folder, n=200)
+    assert main == "exact"
     ratio = tables["tta_robustness_ratio"]
     assert ratio[ratio["metric"] == "exact_ratio"][["low", "high"]].eq(1).all().all()  # perturbed and clean alike
     assert (ratio["seeds"] == 2).all() and "With these 30 prompts a difference of" in said

@@ -68,7 +68,7 @@ def load_tta_bench(directory, part: str) -> list[dict]:
         raise FileNotFoundError(f"no {path}: download the prompt files of TTA-Bench (arXiv 2509.02398, MIT licence) into one "
                                 "folder and give that folder")
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno}): download it again") from None
     if not isinstance(records, list):
@@ -77,7 +77,8 @@ def load_tta_bench(directory, part: str) -> list[dict]:
         if not isinstance(record, dict) or not record.get("id") or not isinstance(record.get("prompt_text"), str):
             has = ", ".join(map(str, record)) if isinstance(record, dict) else repr(record)
             raise ValueError(f"{path}, record {number}: needs `id` and `prompt_text`, has {has}")
-    odd = [r["id"] for r in records if "event_list" in r and len(r["event_list"]) != r.get("event_count")]
+    listed = [r for r in records if isinstance(r.get("event_list"), list)]
+    odd = [str(r["id"]) for r in listed if len(r["event_list"]) != r.get("event_count")]
     if odd:
         some = ", ".join(odd[:5])
         warnings.warn(f"{path.name}: event_count differs from event_list in {len(odd)} records ({some})", stacklevel=2)

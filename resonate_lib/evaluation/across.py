@@ -20,7 +20,7 @@ from resonate_lib.evaluation import metrics, report, stats
 from resonate_lib.evaluation.suite import measured
 from resonate_lib.evaluation.tables import with_intervals
 
-METRICS = ("exact", "event_f1", "aqa", "clap")
+METRICS = (*metrics.HEADLINE, *metrics.FURTHER)
 CLIP = ["seed", "id", "sample"]
 VERDICT = {1: "better", 0: "–", -1: "worse"}
 

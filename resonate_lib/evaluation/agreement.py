@@ -141,9 +141,13 @@ def kappa(a, b) -> float:
 
 
 def best_threshold(scores, truth) -> float:
-    """The observed score with the best balanced accuracy as a threshold; choose it on other data than it is used on."""
-    candidates = np.unique(np.asarray(scores, float))
-    return float(max(candidates, key=lambda value: balanced_accuracy(scores, truth, value)))
+    """The threshold with the best balanced accuracy, midway between two neighbouring scores (of equally good ones the middle one);
+    choose it on other data than it is used on."""
+    values = np.unique(np.asarray(scores, float))
+    candidates = (values[1:] + values[:-1]) / 2 if len(values) > 1 else values
+    reached = np.array([balanced_accuracy(scores, truth, value) for value in candidates])
+    best = np.flatnonzero(reached == reached.max())
+    return float(candidates[best[len(best) // 2]])
 
 
 # ---- tables ------------------------------------------------------------
@@ -151,7 +155,7 @@ def best_threshold(scores, truth) -> float:
 
 def accuracy_table(rows: pd.DataFrame, thresholds: Mapping[str, float], *, n: int = 2000) -> pd.DataFrame:
     """Per reward and kind of wrong caption: pairs (n), balanced_accuracy at the reward's threshold, auc, and pair_accuracy, the
-    share of clips whose true caption scores above the false one; each with _low and _high by resampling clips.
+    share of clips whose true caption scores above the false one (a tie counts half); each with _low and _high by resampling clips.
 
     rows from `score_captions`. A kind is scored on the clips that have it; "all kinds" pools them, but not captions swapped
     between clips where there are harder ones.
@@ -165,7 +169,8 @@ def accuracy_table(rows: pd.DataFrame, thresholds: Mapping[str, float], *, n: in
         for kind in kinds:
             wrong = pooled if kind == ALL else rows[rows["kind"] == kind]
             both = pd.concat([rows[(rows["kind"] == TRUE) & rows["clip"].isin(wrong["clip"])], wrong])
-            above = (right.loc[both["clip"]].to_numpy() > both[name].to_numpy()).astype(float)
+            true, other = right.loc[both["clip"]].to_numpy(), both[name].to_numpy()
+            above = (true > other) + 0.5 * (true == other)
             wanted = {
                 "balanced_accuracy": measures.balanced_of(both[name], both["truth"], threshold),
                 "auc": measures.auc_of(both[name], both["truth"]),
@@ -273,7 +278,8 @@ def sibling_agreement(scores, quality, group_ids: Sequence[int], *, n: int = 200
     an interval from resampled groups, and how many pairs differ in quality. nan without such a pair. This is what group
     advantages learn from.
     """
-    scores, quality, groups = (np.asarray(values, float) for values in (scores, quality, group_ids))
+    scores, quality = (np.asarray(values, float) for values in (scores, quality))
+    groups = np.unique(np.asarray(group_ids), return_inverse=True)[1]
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     pairs = np.array([pair for rows in members for pair in combinations(rows, 2)], int).reshape(-1, 2)
     first, second = pairs[quality[pairs[:, 0]] != quality[pairs[:, 1]]].T

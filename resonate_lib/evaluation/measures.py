@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from scipy.stats import rankdata
 
+from resonate_lib.evaluation import stats
 from resonate_lib.evaluation.stats import NAN
 
 BINS = 10  # of a calibration curve
 BLOCK = 250  # resamples worked out at a time
+SHARES = ("balanced_accuracy", "auc", "auc_exact", "pair_accuracy", "share_yes")  # between 0 and 1, so Wilson's interval fits
 
 Measure = Callable[[np.ndarray], np.ndarray]  # weights (R, M): how often each of M rows counts in each of R resamples -> (R,)
 
@@ -35,7 +37,10 @@ def over_clips(measures: Mapping[str, Measure], clips, *, n: int = 2000, seed: i
         values = np.concatenate(draws[name]) if draws[name] else np.array([])
         values = values[np.isfinite(values)]
         found[name] = float(measure(np.ones((1, len(place))))[0])
-        found[f"{name}_low"], found[f"{name}_high"] = np.quantile(values, [0.025, 0.975]) if len(values) else (NAN, NAN)
+        low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (NAN, NAN)
+        if low == high == found[name] and name in SHARES and found[name] in (0.0, 1.0):
+            _, low, high = stats.wilson(round(found[name] * len(names)), len(names))  # none or all: resampling knows no spread
+        found[f"{name}_low"], found[f"{name}_high"] = low, high
     return found
 
 

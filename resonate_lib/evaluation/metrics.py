@@ -79,6 +79,7 @@ RATIOS: dict[str, Callable[[pd.DataFrame], Parts]] = {
     "event_f1_procedural": _f1_procedural,
 }
 HEADLINE = ("exact", "event_f1", "order", "reward", "aqa", "clap")
+FURTHER = ("reward_clap", "fine", "fine_events", "fine_relation", "ms_clap", "CE", "CU", "PC", "PQ")  # where they are measured
 DEFAULT = (
     "exact",
     "event_f1",
@@ -181,7 +182,8 @@ def diversity(vectors, ids, *, n: int = 2000, seed: int = 0) -> stats.Interval:
     too, so more is not better: read it beside that of originals of the same prompts.
     """
     ids, vectors = np.asarray(ids), _unit(vectors)
-    values = []
+    heard = vectors.any(axis=1)  # the fingerprint of silence is zero, which is like nothing and no variety
+    ids, vectors, values = ids[heard], vectors[heard], []
     for identity in np.unique(ids):
         siblings = vectors[ids == identity]
         if (count := len(siblings)) > 1:

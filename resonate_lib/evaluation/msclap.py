@@ -259,7 +259,9 @@ class MsClap:
                                   "longer timeout") from None
         answer = _parsed(line)
         if answer is None:
-            code = None if line else self._worker.process.wait(timeout=5)
+            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its output, and still lives
+                code = None if line else self._worker.process.wait(timeout=5)
             last = _last_line((self._worker.folder / "errors.txt").read_text(encoding="utf-8", errors="replace"))
             raise ConnectionError(f"MS-CLAP's worker {f'sent {line[:80]!r}' if line else f'ended with exit code {code}'}: {last}")
         if "error" in answer:

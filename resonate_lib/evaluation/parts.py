@@ -267,7 +267,7 @@ def _gaps(means: np.ndarray) -> np.ndarray:
     """`ttabench.fairness_score` of every line of means (lines, attributes)."""
     pairs = [means[:, list(pair)] for pair in combinations(range(means.shape[1]), 2)]
     gaps = [
-        np.where(pair.max(1) > 0, 100 * _divide(np.abs(np.subtract(*pair.T)), pair.max(1)), 0.0) for pair in pairs
+        np.where(pair.max(1) <= 0, 0.0, 100 * _divide(np.abs(np.subtract(*pair.T)), pair.max(1))) for pair in pairs
     ]
     return np.mean(gaps, axis=0)
 

@@ -18,8 +18,8 @@ from resonate_lib.rewards.lalm import QUESTION
 
 WORDINGS = {
     "published": QUESTION,
-    # Of the evaluation with Qwen3-Omni; the other three are ours.
-    "evaluation": "Does this audio contain the sound events described by the text: {caption}? Please only answer yes or no.",
+    # Of AQAScore's "Thinking" variant (the published evaluation asks the published question); the other three are ours.
+    "thinking": "Does this audio contain the sound events described by the text: {caption}? Please only answer yes or no.",
     "short": "Is this the sound of the following: {caption}? Yes or no?",
     "statement": "Somebody describes this audio so: {caption}. Is the description right? Answer with yes or no only.",
     "strict": "Listen to what is heard, how often and in which order. Does all of it agree with this text: {caption}? "

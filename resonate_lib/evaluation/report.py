@@ -86,7 +86,7 @@ class Claim(NamedTuple):
         Shown is what leaves 0 out of the bootstrap interval, has a corrected p below 0.05, and, with several seeds, leaves 0 out
         of Student's interval over them as well: the bootstrap of three to five seeds is too narrow (see `stats`).
         """
-        over_seeds = not np.isfinite(self.found.t.low) or self.found.t.excludes_zero
+        over_seeds = self.found.t.excludes_zero if np.isfinite(self.found.t.low) else self.found.seeds < 2
         shown = self.found.gain.excludes_zero and self.p < 0.05 and over_seeds
         return int(np.sign(self.found.gain.mean)) if shown else 0
 

@@ -41,11 +41,13 @@ def sum_tables(parts, groups, seeds) -> list[np.ndarray]:
 
 
 def paired_tables(top_a, bottom_a, top_b, bottom_b, groups, seeds) -> list[np.ndarray]:
-    """Four tables over the same prompts and seeds. Raises ValueError where the two sides differ in length."""
+    """Four tables over the same prompts and seeds; a pair with a nan on either side is left out. Raises ValueError where the two
+    sides differ in length."""
     parts = (*finite(top_a, bottom_a), *finite(top_b, bottom_b))
     if len({len(part) for part in parts}) != 1:
         raise ValueError(f"paired values of lengths {[len(p) for p in parts]}: pass one value of each side per pair")
-    return sum_tables(parts, groups, seeds)
+    known = np.isfinite([np.asarray(part, float) for part in (top_a, bottom_a, top_b, bottom_b)]).all(axis=0)
+    return sum_tables([np.where(known, part, 0.0) for part in parts], groups, seeds)
 
 
 def resampled(tables, *, n: int, seed: int) -> list[np.ndarray]:

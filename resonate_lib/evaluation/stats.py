@@ -149,7 +149,8 @@ def compare_apart(a: tuple, b: tuple, *, n: int = 2000, seed: int = 0, confidenc
     """Two ratios of sums over different prompts, seeds or noise, a - b: each side is resampled by itself.
 
     a, b: (top, bottom, groups, seeds), each (M,) or None for the last two. effect divides by the root of the mean of both
-    variances (Cohen's d over prompts), t is Welch's interval over the seeds, prompts and seeds are the smaller side's.
+    variances (Cohen's d over prompts), t is Welch's interval over the seeds, nan where a side has one; prompts
+    are the smaller side's, seeds the larger's.
     """
     sides = [sum_tables(finite(top, bottom), groups, seeds) for top, bottom, groups, seeds in (a, b)]
     points = [divide(top.sum(), bottom.sum()) for top, bottom in sides]
@@ -165,7 +166,7 @@ def compare_apart(a: tuple, b: tuple, *, n: int = 2000, seed: int = 0, confidenc
         effect=_effect(gain, both / math.sqrt(2)),
         t=_welch(*by_seed, confidence=confidence),
         prompts=prompts,
-        seeds=min(int(np.isfinite(each).sum()) for each in by_seed),
+        seeds=max(int(np.isfinite(each).sum()) for each in by_seed),
         deviation=both,
     )
 

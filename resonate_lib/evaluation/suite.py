@@ -148,16 +148,16 @@ def real_and_procedural(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
     return metrics.summarise(rows, ["setting", "system"], metrics=("event_f1_real", "event_f1_procedural"), n=n)
 
 
-def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]:
-    """Notebook 06's tables with intervals, by name, and its words, over all seeds of a version: the rows of
-    `seed*/metrics/tta_rows.csv` and `tta_parts_rows.csv`, prompts and seeds resampled.
+def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str, str]:
+    """Notebook 06's tables with intervals, by name, its words, and the metric that these rest on, over all seeds of a version: the
+    rows of `seed*/metrics/tta_rows.csv` and `tta_parts_rows.csv`, prompts and seeds resampled.
 
     A version of one seed gives that one's. The words name whatever "best of" rows there are, and end with the power of these
     prompts. FileNotFoundError when notebook 06 has not run in it.
     """
     rows = versions.read_rows(version)
     best = [system for system in rows["system"].unique() if system.startswith("best of ")]
-    names = [name for name in (*metrics.HEADLINE, "reward_clap") if measured(rows, name)]
+    names = [name for name in (*metrics.HEADLINE, *metrics.FURTHER) if measured(rows, name)]
     short = [name for name in (*EVENTS, "aqa", "clap") if name in names]
     tables = {
         "tta_headline": report.headline_table(rows, names=names, n=n),
@@ -172,7 +172,7 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str]
         tables |= {f"tta_{name}": table for name, table in found.items()}
     main = short[0] if short else names[0]
     said = report.words(rows, metric=main, alternatives=("base trained on", *best))
-    return tables, f"{said}\n\n{report.power_note(rows, main)}"
+    return tables, f"{said}\n\n{report.power_note(rows, main)}", main
 
 
 def measured(rows: pd.DataFrame, metric: str) -> bool:

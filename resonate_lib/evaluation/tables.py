@@ -70,7 +70,7 @@ def _cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]], list[bool]]
 def _column(values: pd.Series, is_number: bool) -> list[str]:
     known = values.dropna()
     form = "{:.0f}" if is_number and (known == known.round()).all() else "{:.3f}" if is_number else "{}"
-    return ["–" if pd.isna(value) else " ".join(form.format(value).split()) for value in values]
+    return ["–" if gone else " ".join(form.format(value).split()) for value, gone in zip(values, values.isna(), strict=True)]
 
 
 def _markdown(text: str) -> str:

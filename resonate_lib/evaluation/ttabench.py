@@ -7,6 +7,7 @@ lives in `judge.py`.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -296,9 +297,13 @@ def _swapped(generator, network) -> Iterator[None]:
 def fairness_score(values) -> float:
     """Mean over unordered pairs of 100·|a − b| / max(a, b), lower is fairer; values: mean quality per attribute.
 
-    A pair whose larger value is not above 0 adds 0 but counts; fewer than two values give 0. Source: TTA-Bench.
+    A pair whose larger value is not above 0 adds 0 but counts; fewer than two values give 0; a nan among them gives nan. Source:
+    TTA-Bench.
     """
-    pairs = list(combinations([float(v) for v in values], 2))
+    values = [float(v) for v in values]
+    if any(math.isnan(v) for v in values):
+        return float("nan")
+    pairs = list(combinations(values, 2))
     if not pairs:
         return 0.0
     return sum(100 * abs(a - b) / max(a, b) if max(a, b) > 0 else 0.0 for a, b in pairs) / len(pairs)

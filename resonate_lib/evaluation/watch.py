@@ -25,13 +25,14 @@ from scipy import special
 
 from resonate_lib import online
 from resonate_lib.config import RewardConfig, resolve
-from resonate_lib.evaluation import ttabench
+from resonate_lib.evaluation import ttabench, worlds
 from resonate_lib.models.codec import mel_basis
 
 LEVEL = 0.05  # probability of an alarm in a whole training where no measure has parted, at most
 LOUDER = 3.0  # dB: twice the power, or half
 ALIKE = 0.5
 LONGEST = 8  # watches in a window
+FEWEST = 3  # prompts a watch hears; of fewer the scatter is not known, and nothing parts
 SIBLINGS = 4  # clips a prompt that are heard: prompts differ more than siblings do
 SILENCE = -70.0  # LUFS of a clip without any: the gate below which BS.1770 hears nothing
 SCORES = ("exact", "event_f1", "aqa", "clap", "CE", "CU", "PQ")  # higher is better
@@ -95,7 +96,7 @@ def open_watch(world, run, config) -> Watch | None:
     ears = world.judge(run)
     if not ears:
         served = resolve(RewardConfig, run.profile).lalm_eval_source.startswith("http")
-        ears = {"clap": run.scorer("clap_eval"), "aqa": run.scorer("lalm_eval") if served else None}
+        ears = {"clap": worlds.second(run, "clap"), "aqa": worlds.second(run, "lalm") if served else None}
     ears |= {"aesthetics": run.aesthetics()}
     return Watch({name: ear for name, ear in ears.items() if ear is not None}, watches=len(rounds))
 
@@ -161,7 +162,7 @@ def parted(rows: Sequence[Mapping], watches: int, *, level: float = LEVEL) -> li
     """The measures that have parted from the reward at the last of `rows`, which are all watches so far of `watches` planned."""
     width = window(watches)
     looks = watches - 2 * width + 1
-    if len(rows) < 2 * width:
+    if len(rows) < 2 * width or min(row["watch_prompts"] for row in rows) < FEWEST:
         return []
     first, last = rows[:width], rows[-width:]
     if not _above(*welch(last, first, "reward"), level):
@@ -186,13 +187,16 @@ def _above(change: float, error: float, freedom: float, level: float) -> bool:
 
 def first_alarm(history: Sequence[Mapping]) -> tuple[int, str] | None:
     """(step, what had parted) of the first alarm in a training's history; None where there was none."""
-    return next(((row["step"], row["alarm"]) for row in history if row.get("alarm")), None)
+    return next(((row["step"], row["alarm"]) for row in history if isinstance(row.get("alarm"), str) and row["alarm"]), None)
 
 
 def said(history: Sequence[Mapping]) -> str:
-    """The first alarm of a history in words, "none", or "not watched"."""
-    if not any("alarm" in row for row in history):
+    """The first alarm of a history in words, "none", "too short to tell" or "not watched"."""
+    rows = [row for row in history if pd.notna(row.get("watch_reward"))]
+    if not rows:
         return "not watched"
+    if len(rows) < 2 or min(row["watch_prompts"] for row in rows) < FEWEST:
+        return "too short to tell"
     alarm = first_alarm(history)
     return f"{alarm[1]}, in round {alarm[0] + 1}" if alarm else "none"
 
@@ -203,9 +207,9 @@ def changes(history: Sequence[Mapping]) -> pd.DataFrame:
     change: less the mean of the first window, in deviations between prompts in that window, so that all fit one axis; low and
     high: the 95 % interval of the round's own mean. No rows where nothing was watched.
     """
-    rows = [row for row in history if "watch_reward" in row]
+    rows = [row for row in history if pd.notna(row.get("watch_reward"))]
     first, lines = rows[: window(len(rows))], []
-    for name in [name for name in ("reward", *NOTED) if rows and f"watch_{name}" in rows[0]]:
+    for name in [name for name in ("reward", *NOTED) if rows and all(f"watch_{name}" in row for row in rows)]:
         start = np.mean([row[f"watch_{name}"] for row in first])
         spread = np.sqrt(np.mean([row["watch_prompts"] * row[f"watch_{name}_se"] ** 2 for row in first])) or 1.0
         for row in rows:

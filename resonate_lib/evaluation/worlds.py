@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from resonate_lib import runs
-from resonate_lib.config import DataConfig, EvalConfig, SuiteConfig, resolve
+from resonate_lib.config import DataConfig, EvalConfig, RewardConfig, SuiteConfig, resolve
 from resonate_lib.data import audio_folder, prompts, scenes
 from resonate_lib.data.corpus import Corpus, LazyCorpus, open_corpus
 from resonate_lib.evaluation import suite
@@ -106,6 +106,10 @@ class FolderWorld:
         """All training prompts, as published, or `data.rl_prompts` of them; count, the embedded world's, is not looked at."""
         listed = self.data.prompt_list
         found = prompts.read_prompts(listed) if listed else prompts.caption_prompts(self.of_split("train"))
+        held = {text for record in self.records if audio_folder.split_of(record) != "train" for text in record["captions"]}
+        if shared := sum(record["prompt_text"] in held for record in found) if listed else 0:
+            raise ValueError(f"{listed}: {shared} of its prompts are captions of the validation or test split of "
+                             f"{self.data.captions}; take them out, else what is trained on is tested on")
         return _some(found, self.data.rl_prompts or len(found), f"rl/{seed}")
 
     def bench(self, part: str = "accuracy", split: str = "test", *, count: int, seed: int = 0) -> list[dict]:
@@ -158,14 +162,24 @@ def scorers(world, run, reward: str, *, text=None) -> dict:
     found = {
         "reward": run.reward(reward, text=text),
         "reward_clap": run.scorer("clap", text=text),
-        "aqa": run.scorer("lalm_eval"),
-        "clap": run.scorer("clap_eval", text=text),
+        "aqa": second(run, "lalm"),
+        "clap": second(run, "clap", text=text),
         "aesthetics": run.aesthetics(),
         "ms_clap": run.ms_clap(),
     }
     if taught(found["aqa"]):
         found["fine"] = FineColumns(found["aqa"], resolve(SuiteConfig, run.profile).sample_rate)
     return world.judge(run) | {name: scorer for name, scorer in found.items() if scorer is not None}
+
+
+def second(run, name: str, **options):
+    """The model that judges beside the reward `name` (clap, lalm); None without a source, or where it is the reward's own."""
+    config = resolve(RewardConfig, run.profile)
+    source = getattr(config, f"{name}_eval_source")
+    if source not in ("", "shipped") and source == getattr(config, f"{name}_source"):
+        print(f"{name}_eval_source is the reward itself, no second judge: left out", flush=True)
+        return None
+    return run.scorer(f"{name}_eval", **options)
 
 
 def measured(world, scorers: dict) -> tuple[str, ...]:

@@ -175,9 +175,13 @@ def _load_one(name: str, context: dict) -> Reward:
     if ":" in name:
         return _load_function(name)
     if name == "lalm_fine":
-        from resonate_lib.rewards.fine import FineLalm
+        from resonate_lib.rewards.fine import FineLalm, taught
 
-        return FineLalm(_load_one("lalm", context))
+        judge = _load_one("lalm", context)
+        if not taught(judge):
+            print("lalm_fine: this judge was taught the whole caption alone, and guesses at single questions; train it again "
+                  "(notebook 02, --from-scratch)", flush=True)
+        return FineLalm(judge)
     source = context.get(name) or Path(context.get("weights") or SHIPPED) / name
     if callable(source):
         return source

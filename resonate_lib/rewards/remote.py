@@ -30,6 +30,7 @@ RATE = 16000  # Hz, what the judges hear
 LONGEST = 300.0  # seconds
 KEY = "RESONATE_LALM_KEY"  # environment variable; not a provider's own, so that no other key is sent to a server by accident
 ANY = Family("", "", (), "", len)  # a model whose name tells nothing: no system text, any spelling is a reply
+NEVER = -1e4  # stands for a log-probability of minus infinity
 AGAIN = (408, 425, 429)  # besides 5xx: statuses that may pass
 
 
@@ -172,7 +173,7 @@ class RemoteJudge:
                 f"judge at {self.url} sends no chat completion but {self._shown(reply)!r}; name an OpenAI-compatible /v1 address"
             ) from None
         try:
-            tokens = [(str(one["token"]), float(one["logprob"])) for one in found["content"][0]["top_logprobs"]]
+            tokens = [(str(one["token"]), max(float(one["logprob"]), NEVER)) for one in found["content"][0]["top_logprobs"]]
         except (LookupError, TypeError, ValueError):
             tokens = []
         if not tokens or any(math.isnan(value) for _, value in tokens):
