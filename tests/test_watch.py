@@ -11,10 +11,11 @@ from scipy import stats as scipy_stats
 from test_algorithms import GRPO, NFT, RECORDS, ToyGenerator, weights
 
 from resonate_lib import grpo, nft, online, plots, runs
-from resonate_lib.config import GRPOConfig, NFTConfig, resolve
+from resonate_lib.config import GRPOConfig, resolve
 from resonate_lib.data import prompts
 from resonate_lib.evaluation import watch
 from resonate_lib.evaluation.judge import Judge
+from resonate_lib.evaluation.suite import original_scenes
 from resonate_lib.models.generator import Generator
 from resonate_lib.rewards import RewardResult, load_reward
 
@@ -333,15 +334,18 @@ def embedded(config, reward, module):
     return module.train(base, reward, prompts.rl_prompts(1024, seed=0), config, seed=0, watch=guard)
 
 
-@pytest.mark.slow
-def test_the_alarm_fires_on_a_planted_hack():
-    config = dataclasses.replace(
-        resolve(NFTConfig, "tiny"), steps=12, prompts_per_step=8, group_size=6, guidance_scales=(1.0,), times_per_sample=2,
-        minibatches=2, watch_every=1, trained="all", learning_rate=3e-3, warmup_steps=0,
-    )  # as in notebook 04  # fmt: skip
-    history = embedded(config, loud, nft)
-    print(watch.said(history), history[-1])
-    assert watch.first_alarm(history) is not None
+@pytest.mark.parametrize("last", [1.0, 12.0])
+def test_the_alarm_fires_on_a_policy_that_turns_the_level_up(last):
+    """Real scenes and the shipped judge; the policy's clips get louder and are driven into saturation, which a reward that likes
+    loudness rewards. (A training that ends there is chaotic at the pace of a test; notebook 04 shows one.)"""
+    records = prompts.rl_prompts(8, seed=0)
+    guard = watch.Watch({"judge": Judge.load(runs.shipped_weights("tiny") / "judge")}, watches=12)
+    for number, drive in enumerate(np.geomspace(1.0, last, 12)):
+        audio = torch.tanh(float(drive) * original_scenes(records, seed=number))
+        heard = dataclasses.replace(rollouts(audio, 1, loud(audio, 16000, None).scores), metadata=records, sample_rate=16000)
+        row = guard(heard)
+    assert bool(row["alarm"]) is (last > 1)
+    assert (row["watch_reward"] > guard.rows[0]["watch_reward"] + 3) is (last > 1)
 
 
 @pytest.mark.slow
