@@ -334,6 +334,8 @@ def test_a_run_opens_it_once_and_notes_what_it_is(tmp_path, monkeypatch):
         "config.json", "tokenizer.json"} and notes["msclap_packages"] == {"msclap": "1.3.4"}  # fmt: skip
 
     class Other:
+        profile = "tiny"
+
         def __getattr__(self, name):
             return lambda *_, **__: run.ms_clap() if name == "ms_clap" else None
 
