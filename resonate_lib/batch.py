@@ -54,12 +54,15 @@ class Plan:
     from_path: Path | None = None
 
     def jobs(self) -> list[tuple[str, str, int, str]]:
-        """(key in the record, notebook number, seed, sub-folder) in the order of execution."""
+        """(key in the record, notebook number, seed, sub-folder) in the order of execution: that of their numbers, but from
+        scratch 00 comes last, since there is nothing to hear before 02."""
         many = len(self.request.seeds) > 1
+        order = sorted(self.notebooks, key=lambda number: self.request.from_scratch and number == "00")
+        inner = {seed: f"seed{seed}" if many else "" for seed in self.request.seeds}
         return [
-            (f"seed{seed}/{path.stem}" if many else path.stem, number, seed, f"seed{seed}" if many else "")
+            (f"{inner[seed]}/{self.notebooks[number].stem}".lstrip("/"), number, seed, inner[seed])
             for seed in self.request.seeds
-            for number, path in self.notebooks.items()
+            for number in order
         ]
 
 

@@ -486,6 +486,15 @@ def test_the_kernel_sees_from_and_from_scratch(folder):
     assert run["notebooks"]["04_a"]["notes"]["from"] == [first.name, False]
 
 
+def test_from_scratch_the_first_listen_comes_last(folder):
+    for name in ("00_a.ipynb", "01_b.ipynb", "02_c.ipynb"):
+        write_notebook(folder, name, "1")
+    plan = batch.make_plan(Request(from_scratch=True, seeds=(0, 1)), results=folder.parent)
+    assert [job[0] for job in plan.jobs()][:4] == ["seed0/01_b", "seed0/02_c", "seed0/00_a", "seed1/01_b"]
+    plan = batch.make_plan(Request(), results=folder.parent)
+    assert [job[0] for job in plan.jobs()] == ["00_a", "01_b", "02_c"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_with_a_record(folder, number):
     write_notebook(folder, "04_a.ipynb", "import time; print('here', flush=True); time.sleep(60)")

@@ -1,6 +1,7 @@
 """The notebooks as files (no outputs, parameters, sizes), and, slowly, as programs: the whole suite at smoke, twice."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -148,6 +149,14 @@ def test_the_whole_suite_twice_with_one_seed_gives_the_same_bytes(tmp_path):
     assert list((first / "audio").glob("*.flac")) and list((first / "figures").glob("*.png"))
     executed = "".join(path.read_text(encoding="utf-8") for path in (first / "notebooks").glob("*.ipynb"))
     assert "image/png" in executed and "<audio controls" in executed
+
+
+@pytest.mark.slow
+def test_the_whole_suite_from_scratch(tmp_path):
+    made = run(tmp_path, "--from-scratch")
+    assert {path.name for path in (made / "checkpoints").iterdir()} >= {"base", "judge", "clap", "clap_eval", "lalm", "lalm_eval"}
+    inputs = [item["notes"].get("inputs", {}) for item in json.loads((made / "run.json").read_text())["notebooks"].values()]
+    assert {entry["source"] for found in inputs for entry in found.values()} == {"this run"}
 
 
 @pytest.mark.slow
