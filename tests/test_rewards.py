@@ -1,5 +1,7 @@
 """Rewards: the contract, mixes and user functions, and both reward models at a toy size (accuracy is measured elsewhere)."""
 
+import copy
+import math
 import zlib
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from resonate_lib.evaluation.accuracy import recall_hits
 from resonate_lib.models.flux_audio import Condition
-from resonate_lib.rewards import Checked, RewardResult, WeightedMix, check_result, load_reward
+from resonate_lib.rewards import Checked, RewardResult, WeightedMix, check_result, lalm_training, load_reward
 from resonate_lib.rewards import lalm as lalm_module
 from resonate_lib.rewards.clap import ClapConfig, ClapReward, SmallCLAP, fit_clap, info_nce
 from resonate_lib.rewards.lalm import (
@@ -25,9 +27,11 @@ from resonate_lib.rewards.lalm_training import (
     Packer,
     answer_logits,
     answer_loss,
+    answer_numbers,
     draw_negatives,
     fit_lalm,
     gather_texts,
+    learn_answers,
 )
 from resonate_lib.rewards.rules import hallucination_penalty, keyword_f1, wer_reward
 
@@ -323,8 +327,15 @@ def test_packed_questions_equal_separate_forwards(lalm, scene):
     decode = lalm.processor.tokenizer.decode
     answer = packed.answers[(packed.rows == 2) & (packed.kinds == 2)]
     assert decode(answer) == scene["captions"][2] + "<|im_end|>"
-    loss, numbers = answer_loss(logits, packed, 1.0)
+    counts = torch.bincount(packed.kinds, minlength=5)
+    loss, sums = answer_loss(logits, packed, counts)
+    numbers = answer_numbers(sums, counts)
     assert loss.item() == pytest.approx(numbers["question"] + numbers["caption"], rel=1e-5)
+    assert loss.item() == pytest.approx(numbers["loss"], rel=1e-5)
+    of = [packed.kinds == kind for kind in range(3)]
+    means = [torch.nn.functional.cross_entropy(logits[rows], packed.answers[rows]).item() for rows in of]
+    assert numbers["question"] == pytest.approx((means[0] + means[1]) / 2, rel=1e-4)
+    assert numbers["caption"] == pytest.approx(means[2], rel=1e-4) and math.isnan(numbers["fine_yes_right"])
 
 
 def test_packed_captions_equal_the_models_own_loss(lalm, scene):
@@ -335,7 +346,9 @@ def test_packed_captions_equal_the_models_own_loss(lalm, scene):
         log_mel(scene["audio"][:1], lalm.processor.feature_extractor)
     ).last_hidden_state
     with torch.no_grad():
-        _, numbers = answer_loss(answer_logits(lalm.model, packer, packed, heard), packed, 1.0)
+        counts = torch.bincount(packed.kinds, minlength=5)
+        _, sums = answer_loss(answer_logits(lalm.model, packer, packed, heard), packed, counts)
+        numbers = answer_numbers(sums, counts)
     frame = PromptFrame(lalm.processor)
     text = frame.prefix + frame.suffix(lalm_module.DESCRIBE) + caption + "<|im_end|>"
     inputs = lalm.processor.tokenizer(text, return_tensors="pt")
@@ -346,6 +359,22 @@ def test_packed_captions_equal_the_models_own_loss(lalm, scene):
     with torch.no_grad():
         loss = lalm.model(**inputs, **more, labels=labels).loss
     assert numbers["caption"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_batch_learned_in_parts_by_length_has_the_gradient_of_the_whole(lalm, scene, monkeypatch):
+    packer, model = Packer(lalm.processor), copy.deepcopy(lalm.model)
+    rows = [packer.row(caption, ["a low hum"] * (number % 3)) for number, caption in enumerate(scene["captions"])]
+    heard = model.model.audio_tower(log_mel(scene["audio"], lalm.processor.feature_extractor)).last_hidden_state.detach()
+    found = {}
+    for most in (100, 2):
+        monkeypatch.setattr(lalm_training, "ROWS_AT_ONCE", most)
+        model.zero_grad()
+        gradient, numbers = learn_answers(model, packer, rows, heard)
+        found[most] = [gradient, model.lm_head.weight.grad.clone(), torch.tensor([numbers["loss"]])]
+    for whole, parts in zip(found[100], found[2], strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
+    described = packer.row(scene["captions"][0], None)
+    assert {kind for _, kind in described.targets} == {lalm_training.CAPTION}
 
 
 def test_draw_negatives_takes_a_wrong_count_first_and_is_uniform_over_the_other_kinds():

@@ -8,8 +8,9 @@ single events, counts and relations. All questions about a clip stand in one row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,20 +44,21 @@ FAMILIES = (
     ("rain", "waves", "static", "engine", "explosion"),
     ("siren", "busy signal", "ding", "car horn", "whistle", "beep", "bird"),
 )
-FINE_WEIGHT = 1.0  # of the fine questions' loss beside that of the whole captions'
+WEIGHTS = (0.5, 0.5, 1.0, 0.5, 0.5)  # of the kinds' mean losses: yes and no weigh half each
+ROWS_AT_ONCE = 16  # clips in one forward and backward of the language model: 48 at once take 1.3 times as long, 8 1.2 times
 
 
 def plain_attention(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_
 ) -> tuple[Tensor, None]:
-    """Attention as two batched products, as transformers calls it: query, key, value (B, heads, L, D), attention_mask
-    boolean or None; returns ((B, L, heads, D), None).
+    """Attention as two batched products, as transformers calls it: query, key, value (B, heads, L, D), attention_mask what is
+    added to the scores, or None; returns ((B, L, heads, D), None).
 
     On a CPU in bfloat16 the backward of the fused kernel takes two to six times as long (125 to 290 positions).
     """
     scores = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
+        scores = scores + attention_mask
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -69,6 +71,15 @@ class Lesson(Packed):
 
     answers: Tensor
     kinds: Tensor
+
+
+class Row(NamedTuple):
+    """What is asked about one clip: a tree of tokens, the places its answers are read at, and (token, kind) of every answer
+    token."""
+
+    tree: Tree
+    places: list[int]
+    targets: list[tuple[int, int]]
 
 
 class Packer:
@@ -91,14 +102,31 @@ class Packer:
         return self._known[question]
 
     def segments(
-        self, caption: str, false_captions: Sequence[str], asked: Sequence[tuple[str, bool]] = ()
+        self, caption: str, false_captions: Sequence[str] | None, asked: Sequence[tuple[str, bool]] = ()
     ) -> list[tuple[list[int], list[int], int]]:
-        """(prompt ids after the trunk, answer ids, kind) of every question about one clip, and last the description."""
-        rows = [(question, True, POSITIVE) for question in published([caption])]
-        rows += [(question, False, NEGATIVE) for question in published(false_captions)]
+        """(prompt ids after the trunk, answer ids, kind) of every question about one clip, and last the description; that alone
+        where false_captions is None."""
+        rows = [] if false_captions is None else [(question, True, POSITIVE) for question in published([caption])]
+        rows += [(question, False, NEGATIVE) for question in published(false_captions or [])]
         rows += [(question, truth, FINE_YES if truth else FINE_NO) for question, truth in asked]
         said = [(self._question(question), self.yes if truth else self.no, kind) for question, truth, kind in rows]
         return [*said, (self._question(DESCRIBE), [*self.encode(caption), self.end], CAPTION)]
+
+    def row(self, caption: str, false_captions: Sequence[str] | None, asked: Sequence[tuple[str, bool]] = ()) -> Row:
+        """All `segments` of one clip."""
+        row = Row(Tree(self.trunk), [], [])
+        for prompt, answer, kind in self.segments(caption, false_captions, asked):
+            path = row.tree.add(prompt + answer[:-1])  # nothing is predicted from an answer's last token
+            row.places.extend(path[len(prompt) - 1 :])
+            row.targets.extend((token, kind) for token in answer)
+        return row
+
+    def lesson(self, rows: Sequence[Row]) -> Lesson:
+        """Rows as one batch."""
+        places = [(number, place) for number, row in enumerate(rows) for place in row.places]
+        packed = pack([row.tree for row in rows], self.pad, places)
+        answers, kinds = torch.tensor([target for row in rows for target in row.targets]).T
+        return Lesson(**vars(packed), answers=answers, kinds=kinds)
 
     def __call__(
         self,
@@ -109,39 +137,65 @@ class Packer:
         """captions: B true ones. false_captions: B lists of false ones, asked: B lists of (question, whether yes is right); both
         possibly empty."""
         asked = [()] * len(captions) if asked is None else asked
-        trees, places, targets = [], [], []
-        for row, clip in enumerate(zip(captions, false_captions, asked, strict=True)):
-            tree = Tree(self.trunk)
-            for prompt, answer, kind in self.segments(*clip):
-                path = tree.add(prompt + answer[:-1])  # nothing is predicted from an answer's last token
-                places += [(row, place) for place in path[len(prompt) - 1 :]]
-                targets += [(token, kind) for token in answer]
-            trees.append(tree)
-        packed = pack(trees, self.pad, places)
-        answers, kinds = torch.tensor(targets).T
-        return Lesson(**vars(packed), answers=answers, kinds=kinds)
+        return self.lesson([self.row(*clip) for clip in zip(captions, false_captions, asked, strict=True)])
 
 
 def answer_logits(model: Qwen2AudioForConditionalGeneration, packer: Packer, packed: Packed, heard: Tensor) -> Tensor:
     """Logits (A, vocabulary) at the answer positions; heard (B, audio tokens, width) is what the audio tower gives."""
-    return model.lm_head(hidden_states(model, packed, heard, packer.audio_start))
+    kind = heard.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else heard.dtype
+    mask = torch.zeros(packed.mask.shape, dtype=dtype).masked_fill_(~packed.mask, float("-inf"))  # once for all layers
+    return model.lm_head(hidden_states(model, replace(packed, mask=mask), heard, packer.audio_start))
 
 
-def answer_loss(logits: Tensor, packed: Lesson, caption_weight: float) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of the answer tokens in nats: the mean of yes and no questions, half each, about whole captions, FINE_WEIGHT
-    times the same of fine questions, and the captions' mean per token times caption_weight. Also returns the numbers to log."""
+def answer_loss(logits: Tensor, packed: Lesson, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the answer tokens in nats, weighed by WEIGHTS and divided by counts (5,), how many tokens of each kind
+    the whole batch has: what its parts give adds up to the batch's mean. Also returns (2, 5): by kind, sums of losses and of
+    right answers."""
     kinds, answers = packed.kinds.to(logits.device), packed.answers.to(logits.device)
     losses = F.cross_entropy(logits.float(), answers, reduction="none")
-    right = (logits.argmax(-1) == answers).float().detach()
-    zero = losses.new_zeros(())
-    mean = {kind: losses[kinds == kind].mean() if (kinds == kind).any() else zero for kind in range(5)}
-    asked, fine_asked = 0.5 * (mean[POSITIVE] + mean[NEGATIVE]), 0.5 * (mean[FINE_YES] + mean[FINE_NO])
-    loss = asked + FINE_WEIGHT * fine_asked + caption_weight * mean[CAPTION]
-    numbers = {"loss": loss.item(), "question": asked.item(), "caption": mean[CAPTION].item(), "fine": fine_asked.item()}
-    named = {"yes_right": POSITIVE, "no_right": NEGATIVE, "fine_yes_right": FINE_YES, "fine_no_right": FINE_NO}
-    for name, kind in named.items():
-        numbers[name] = right[kinds == kind].mean().item() if (kinds == kind).any() else float("nan")
-    return loss, numbers
+    weights = torch.tensor(WEIGHTS) / counts.clamp(min=1)
+    loss = (losses * weights.to(losses)[kinds]).sum()
+    right = (logits.argmax(-1) == answers).float()
+    sums = torch.zeros(2, len(WEIGHTS)).index_add_(1, kinds.cpu(), torch.stack([losses, right]).detach().float().cpu())
+    return loss, sums
+
+
+def answer_numbers(sums: Tensor, counts: Tensor) -> dict[str, float]:
+    """What to log of a batch: its loss, the mean losses of whole questions, captions and fine questions in nats, and shares of
+    right answers (nan where nothing was asked). sums (2, 5) of `answer_loss`, added up over its parts; counts (5,)."""
+    losses, right = (sums / counts.clamp(min=1)).tolist()
+    right = [share if count else float("nan") for share, count in zip(right, counts.tolist(), strict=True)]
+    return {
+        "loss": sum(weight * value for weight, value in zip(WEIGHTS, losses, strict=True)),
+        "question": 0.5 * (losses[POSITIVE] + losses[NEGATIVE]),
+        "caption": losses[CAPTION],
+        "fine": 0.5 * (losses[FINE_YES] + losses[FINE_NO]),
+        "yes_right": right[POSITIVE],
+        "no_right": right[NEGATIVE],
+        "fine_yes_right": right[FINE_YES],
+        "fine_no_right": right[FINE_NO],
+    }
+
+
+def learn_answers(
+    model: Qwen2AudioForConditionalGeneration, packer: Packer, rows: Sequence[Row], heard: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Add the gradient of a batch's answers to the language model's weights; returns that of heard (B, audio tokens, width) and
+    `answer_numbers`.
+
+    ROWS_AT_ONCE clips at a time, by length: rows are filled up to the longest of those computed together.
+    """
+    counts = torch.bincount(torch.tensor([kind for row in rows for _, kind in row.targets]), minlength=len(WEIGHTS))
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].tree.ids))
+    leaf, sums = heard.detach().requires_grad_(), torch.zeros(2, len(WEIGHTS))
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        part = order[start : start + ROWS_AT_ONCE]
+        packed = packer.lesson([rows[number] for number in part])
+        loss, found = answer_loss(answer_logits(model, packer, packed, leaf[part]), packed, counts)
+        loss.backward()
+        sums += found
+    return leaf.grad, answer_numbers(sums, counts)
 
 
 def draw_negatives(negatives: Sequence[dict], count: int, generator: torch.Generator) -> list[list[str]]:
@@ -246,11 +300,11 @@ def fit_lalm(
     batch_size: int,
     seed: int,
     warmup_steps: int = 0,
+    caption_steps: int = 0,
     shape: LalmShape = DEFAULT_SHAPE,
     texts: Sequence[str] | None = None,
     learning_rate: float = 1e-3,
     negatives_per_clip: int = 3,
-    caption_weight: float = 1.0,
     activity_weight: float = 0.5,
     checkpoint: Path | None = None,
     precision: str = "auto",
@@ -262,13 +316,15 @@ def fit_lalm(
     activity (B, frames, classes) in [0, 1]); where it also gives `positions`, corpus.records holds scenes there (groups,
     relation, split), and `one_part` of the questions of `draw_questions` is asked too. The first warmup_steps of `steps` train the
     audio tower alone to tell which events sound when, through a linear head that is thrown away (and kept on with weight
-    activity_weight); the others also ask one true and negatives_per_clip false captions a clip, yes and no weighing half each,
-    and ask for the caption. texts: what the vocabulary is built from; None reads 1,024 clips' captions and negatives.
+    activity_weight). The next caption_steps ask for the caption, and nothing else: whether one fits is learned once it can be
+    said. The others also ask one true and negatives_per_clip false captions a clip, yes and no weighing half each.
+    texts: what the vocabulary is built from; None reads 1,024 clips' captions and negatives.
     """
     from resonate_lib.training import autocast, fit
 
-    if not 0 <= warmup_steps < steps:
-        raise ValueError(f"warmup_steps={warmup_steps} of steps={steps}: leave at least one step for the questions")
+    if not 0 <= warmup_steps + caption_steps < steps:
+        first = f"caption_steps={caption_steps}, " if caption_steps else ""
+        raise ValueError(f"{first}warmup_steps={warmup_steps} of steps={steps}: leave at least one step for the questions")
     texts = gather_texts(corpus, seed) if texts is None else texts
     processor = build_processor([*texts, *fine_texts()], shape)
     model = build_model(processor, shape, seed=seed).to(device).train()
@@ -283,25 +339,32 @@ def fit_lalm(
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
 
+    def ask(batch: dict, generator: torch.Generator, *, captions_only: bool) -> list[Row]:
+        if captions_only:
+            return [packer.row(caption, None) for caption in batch["captions"]]
+        false = draw_negatives(batch["negatives"], negatives_per_clip, generator)
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        known = [corpus.records[position] for position in batch.get("positions", ())]
+        asked = [one_part(draw_questions(record, rng, corpus.world_seed), rng) for record in known] or [()] * len(false)
+        return [packer.row(*clip) for clip in zip(batch["captions"], false, asked, strict=True)]
+
     def step(i: int, generator: torch.Generator) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(i, steps, learning_rate)
         batch = corpus.batch(generator, batch_size)
         features = log_mel(batch["audio"].to(device), processor.feature_extractor)
+        optimizer.zero_grad(set_to_none=True)
         with autocast(precision, device):
             heard = tower(features).last_hidden_state
             active = activity_loss(head(heard), batch["activity"].to(device))
-            loss, numbers = active, {"activity": active.item()}
-            if i >= warmup_steps:
-                false = draw_negatives(batch["negatives"], negatives_per_clip, generator)
-                rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
-                known = [corpus.records[position] for position in batch.get("positions", ())]
-                asked = [one_part(draw_questions(record, rng, corpus.world_seed), rng) for record in known] or None
-                packed = packer(batch["captions"], false, asked)
-                answered, more = answer_loss(answer_logits(model, packer, packed, heard), packed, caption_weight)
-                loss, numbers = answered + activity_weight * active, numbers | more
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+            numbers = {"activity": active.item()}
+            if i < warmup_steps:
+                active.backward()
+            else:
+                rows = ask(batch, generator, captions_only=i < warmup_steps + caption_steps)
+                gradient, answered = learn_answers(model, packer, rows, heard)
+                torch.autograd.backward([activity_weight * active, heard], [None, gradient])
+                numbers |= answered
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return numbers
@@ -309,6 +372,6 @@ def fit_lalm(
     modules = {"model": model, "head": head, "optimizer": optimizer}
     history = fit(step, steps=steps, modules=modules, label="LALM", seed=seed, checkpoint=checkpoint)
     model.set_attn_implementation("sdpa")
-    card = card_of(shape, seed=seed, steps=steps, warmup_steps=warmup_steps, batch_size=batch_size,
+    card = card_of(shape, seed=seed, steps=steps, warmup_steps=warmup_steps, caption_steps=caption_steps, batch_size=batch_size,
                    negatives_per_clip=negatives_per_clip, questions=["caption", *(fine.PARTS if scenes_known else ())])
     return LalmReward(model, processor, card=card | {"learning_rate": learning_rate}), history
