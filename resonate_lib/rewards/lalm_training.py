@@ -102,17 +102,16 @@ class Packer:
         return self._known[question]
 
     def segments(
-        self, caption: str, false_captions: Sequence[str] | None, asked: Sequence[tuple[str, bool]] = ()
+        self, caption: str, false_captions: Sequence[str], asked: Sequence[tuple[str, bool]] = ()
     ) -> list[tuple[list[int], list[int], int]]:
-        """(prompt ids after the trunk, answer ids, kind) of every question about one clip, and last the description; that alone
-        where false_captions is None."""
-        rows = [] if false_captions is None else [(question, True, POSITIVE) for question in published([caption])]
-        rows += [(question, False, NEGATIVE) for question in published(false_captions or [])]
+        """(prompt ids after the trunk, answer ids, kind) of every question about one clip, and last the description."""
+        rows = [(question, True, POSITIVE) for question in published([caption])]
+        rows += [(question, False, NEGATIVE) for question in published(false_captions)]
         rows += [(question, truth, FINE_YES if truth else FINE_NO) for question, truth in asked]
         said = [(self._question(question), self.yes if truth else self.no, kind) for question, truth, kind in rows]
         return [*said, (self._question(DESCRIBE), [*self.encode(caption), self.end], CAPTION)]
 
-    def row(self, caption: str, false_captions: Sequence[str] | None, asked: Sequence[tuple[str, bool]] = ()) -> Row:
+    def row(self, caption: str, false_captions: Sequence[str], asked: Sequence[tuple[str, bool]] = ()) -> Row:
         """All `segments` of one clip."""
         row = Row(Tree(self.trunk), [], [])
         for prompt, answer, kind in self.segments(caption, false_captions, asked):
@@ -300,7 +299,6 @@ def fit_lalm(
     batch_size: int,
     seed: int,
     warmup_steps: int = 0,
-    caption_steps: int = 0,
     shape: LalmShape = DEFAULT_SHAPE,
     texts: Sequence[str] | None = None,
     learning_rate: float = 1e-3,
@@ -316,15 +314,14 @@ def fit_lalm(
     activity (B, frames, classes) in [0, 1]); where it also gives `positions`, corpus.records holds scenes there (groups,
     relation, split), and `one_part` of the questions of `draw_questions` is asked too. The first warmup_steps of `steps` train the
     audio tower alone to tell which events sound when, through a linear head that is thrown away (and kept on with weight
-    activity_weight). The next caption_steps ask for the caption, and nothing else: whether one fits is learned once it can be
-    said. The others also ask one true and negatives_per_clip false captions a clip, yes and no weighing half each.
-    texts: what the vocabulary is built from; None reads 1,024 clips' captions and negatives.
+    activity_weight); the others also ask one true and negatives_per_clip false captions a clip, yes and no weighing half each,
+    and ask for the caption (600 steps of captions alone before any question were worth less than they cost). texts: what the
+    vocabulary is built from; None reads 1,024 clips' captions and negatives.
     """
     from resonate_lib.training import autocast, fit
 
-    if not 0 <= warmup_steps + caption_steps < steps:
-        first = f"caption_steps={caption_steps}, " if caption_steps else ""
-        raise ValueError(f"{first}warmup_steps={warmup_steps} of steps={steps}: leave at least one step for the questions")
+    if not 0 <= warmup_steps < steps:
+        raise ValueError(f"warmup_steps={warmup_steps} of steps={steps}: leave at least one step for the questions")
     texts = gather_texts(corpus, seed) if texts is None else texts
     processor = build_processor([*texts, *fine_texts()], shape)
     model = build_model(processor, shape, seed=seed).to(device).train()
@@ -339,9 +336,7 @@ def fit_lalm(
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
 
-    def ask(batch: dict, generator: torch.Generator, *, captions_only: bool) -> list[Row]:
-        if captions_only:
-            return [packer.row(caption, None) for caption in batch["captions"]]
+    def ask(batch: dict, generator: torch.Generator) -> list[Row]:
         false = draw_negatives(batch["negatives"], negatives_per_clip, generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         known = [corpus.records[position] for position in batch.get("positions", ())]
@@ -361,8 +356,7 @@ def fit_lalm(
             if i < warmup_steps:
                 active.backward()
             else:
-                rows = ask(batch, generator, captions_only=i < warmup_steps + caption_steps)
-                gradient, answered = learn_answers(model, packer, rows, heard)
+                gradient, answered = learn_answers(model, packer, ask(batch, generator), heard)
                 torch.autograd.backward([activity_weight * active, heard], [None, gradient])
                 numbers |= answered
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -372,6 +366,6 @@ def fit_lalm(
     modules = {"model": model, "head": head, "optimizer": optimizer}
     history = fit(step, steps=steps, modules=modules, label="LALM", seed=seed, checkpoint=checkpoint)
     model.set_attn_implementation("sdpa")
-    card = card_of(shape, seed=seed, steps=steps, warmup_steps=warmup_steps, caption_steps=caption_steps, batch_size=batch_size,
+    card = card_of(shape, seed=seed, steps=steps, warmup_steps=warmup_steps, batch_size=batch_size,
                    negatives_per_clip=negatives_per_clip, questions=["caption", *(fine.PARTS if scenes_known else ())])
     return LalmReward(model, processor, card=card | {"learning_rate": learning_rate}), history
