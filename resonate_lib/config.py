@@ -241,19 +241,10 @@ class GRPOConfig(Config):
     def check(self) -> None:
         if self.kind == "cps" and self.noise_level > 1:
             raise ValueError(f"noise_level={self.noise_level}: at most 1 with kind=cps")
-        for name in ("sample_batch", "micro_batch"):
-            if getattr(self, name) == 1:
-                raise ValueError(
-                    f"{name}=1: a clip alone is computed by other kernels, so its first ratio is off by more than the "
-                    "clip_range; use 2 or more, or 0 for all at once"
-                )
+        _check_no_clip_alone(self)
         _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
+        _check_some_step(self)
         trained = self.trainable_steps
-        if trained < 1:
-            raise ValueError(
-                f"timestep_fraction={self.timestep_fraction}: trains none of {self.num_steps} steps; "
-                f"use {1 / self.num_steps:g} or more"
-            )
         if self.window > trained:
             raise ValueError(
                 f"window={self.window}: timestep_fraction={self.timestep_fraction} of {self.num_steps} steps leaves "
@@ -307,6 +298,60 @@ class NFTConfig(Config):
 
 
 @dataclass(frozen=True)
+class PPOConfig(Config):
+    """Notebook 08: PPO on the denoising steps of a diffusion generator."""
+
+    section: ClassVar[str] = "ppo"
+    steps: int = knob(20, low=1)  # rounds of sampling and updating
+    prompts_per_step: int = knob(16, low=1)
+    group_size: int = knob(12, low=1)  # clips per prompt; 1 needs a critic
+    num_steps: int = knob(10, low=2, high=1000)  # of the sampler, per clip
+    eta: float = knob(1.0, above=0, high=1)  # share of the schedule's own noise, which is all the exploration there is
+    kind: str = knob("ddim", choices=("ddim", "ancestral"))
+    guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # as for GRPO
+    timestep_fraction: float = knob(1.0, above=0, high=1)  # share of the steps trained, counted from noise
+    learning_rate: float = knob(3e-4, above=0, high=1)
+    critic_learning_rate: float = knob(1e-3, above=0, high=1)
+    critic_epochs: int = knob(8, low=1)  # passes of the critic over a round; it is small, and has far to go
+    trained: str = knob("all", choices=TRAINED)  # as for GRPO
+    lora_rank: int = knob(32, low=1)
+    lora_alpha: float = knob(64.0, above=0)
+    warmup_steps: int = knob(0, low=0)  # as for GRPO
+    clip_range: float = knob(2e-4, above=0, high=1)  # log-probs are means over dimensions, hence so small
+    adv_clip: float = knob(5.0, above=0)
+    beta: float = knob(0.004, low=0)  # KL weight, exact: nats per dimension and step
+    epochs: int = knob(2, low=1)  # passes of the policy over a round
+    minibatches: int = knob(2, low=1)  # optimizer steps per pass
+    target_kl: float = knob(1e-3, low=0)  # the passes end where the policy is so far from the one that sampled; 0: never
+    gamma: float = knob(1.0, low=0, high=1)  # 1: the reward at the end counts alike at every step
+    lam: float = knob(0.95, low=0, high=1)  # 1: the reward that came; less: what the critic thinks of the states in between
+    advantage: str = knob("gae", choices=("gae", "prompt"))  # a critic's, or against the clips of one prompt
+    ema: float = knob(0.9, low=0, high=1)  # as for GRPO
+    max_grad_norm: float = knob(1.0, above=0)
+    decode_iterations: int = knob(8, low=1, high=1000)
+    precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    sample_batch: int = knob(0, low=0)  # clips sampled, decoded and heard at once; 0: all of a round
+    micro_batch: int = knob(0, low=0)  # clips per forward and backward, gradients added up; 0: all at once
+    checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
+    watch_every: int = knob(0, low=0)  # rounds between two looks of the watch, in whole turns of the guidances; 0: no watch
+    reward: str = "clap"
+
+    @property
+    def trainable_steps(self) -> int:
+        """How many of the first steps may be trained; the last is deterministic."""
+        return min(int(self.num_steps * self.timestep_fraction), self.num_steps - 1)
+
+    def check(self) -> None:
+        if self.advantage == "prompt" and self.group_size == 1:
+            raise ValueError("group_size=1: advantage=prompt compares clips of one prompt; use 2 or more, or advantage=gae")
+        if self.kind == "ancestral" and self.eta != 1:
+            raise ValueError(f"eta={self.eta}: ancestral sampling has the schedule's whole noise; use 1, or kind=ddim")
+        _check_no_clip_alone(self)
+        _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
+        _check_some_step(self)
+
+
+@dataclass(frozen=True)
 class EvalConfig(Config):
     """Notebook 06: the benchmark."""
 
@@ -350,6 +395,7 @@ CONFIGS: tuple[type[Config], ...] = (
     DPOConfig,
     GRPOConfig,
     NFTConfig,
+    PPOConfig,
     EvalConfig,
     ListenConfig,
 )
@@ -494,6 +540,23 @@ def _check_minibatches(minibatches: int, parts: int, what: str = "clips") -> Non
         raise ValueError(f"minibatches={minibatches}: more than the {parts} {what} of a step; use fewer, or more {what}")
 
 
+def _check_no_clip_alone(config: GRPOConfig | PPOConfig) -> None:
+    for name in ("sample_batch", "micro_batch"):
+        if getattr(config, name) == 1:
+            raise ValueError(
+                f"{name}=1: a clip alone is computed by other kernels, so its first ratio is off by more than the "
+                "clip_range; use 2 or more, or 0 for all at once"
+            )
+
+
+def _check_some_step(config: GRPOConfig | PPOConfig) -> None:
+    if config.trainable_steps < 1:
+        raise ValueError(
+            f"timestep_fraction={config.timestep_fraction}: trains none of {config.num_steps} steps; "
+            f"use {1 / config.num_steps:g} or more"
+        )
+
+
 def _check_section(file: str, section: str, values: Any) -> None:
     if section not in SECTIONS and section not in MINUTES_KEYS:
         raise ValueError(f"{file}: {unknown('section', section, [*SECTIONS, *MINUTES_KEYS])}")
@@ -514,16 +577,18 @@ def _check_section(file: str, section: str, values: Any) -> None:
 
 def derived(config: Config) -> str:
     """The batch arithmetic that follows from a config, one fact a line; empty where nothing follows."""
-    if isinstance(config, (GRPOConfig, NFTConfig)):
+    if isinstance(config, (GRPOConfig, NFTConfig, PPOConfig)):
         clips = config.prompts_per_step * config.group_size
+        epochs = config.epochs if isinstance(config, PPOConfig) else 1
+        passes = f" x {epochs} epochs at most" if epochs > 1 else ""
         lines = [
             f"clips per step   = {config.prompts_per_step} prompts x {config.group_size} = {clips}",
             f"clips per update = {clips} / {config.minibatches} minibatches = about {clips / config.minibatches:g}",
             f"clips in all     = {config.steps} steps x {clips} = {config.steps * clips}",
-            f"updates in all   = {config.steps} x {config.minibatches} = {config.steps * config.minibatches}",
+            f"updates in all   = {config.steps} x {config.minibatches}{passes} = {config.steps * config.minibatches * epochs}",
         ]
-        if isinstance(config, GRPOConfig):
-            trained = config.window or config.trainable_steps
+        if isinstance(config, (GRPOConfig, PPOConfig)):
+            trained = getattr(config, "window", 0) or config.trainable_steps
             lines.append(f"steps trained    = {trained} of {config.num_steps} per clip")
         return "\n".join(lines)
     if isinstance(config, DPOConfig):
