@@ -2,13 +2,14 @@
 rollouts.
 
 Time runs from 1 (noise) to 0 (audio latent), see `flow.py`. Every random number comes from a passed seed or generator,
-one per sample, so that a seed fixes a sample whatever batch it is in. Rewards, gradients and training live elsewhere.
-Sources: Flow-GRPO (arXiv 2505.05470) for the SDE, Flow-CPS (arXiv 2509.05952) for CPS, DDIM (arXiv 2010.02502).
+one per sample, so that a seed fixes a sample whatever batch it is in. Rewards, gradients and training live elsewhere,
+schedules and rollouts of diffusion models in `diffusion.py`; their single steps are here. Sources: Flow-GRPO (arXiv
+2505.05470) for the SDE, Flow-CPS (arXiv 2509.05952) for CPS, DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502).
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from resonate_lib import flow
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 
 KINDS = ("sde", "cps")
+PREDICTIONS = ("epsilon", "v")  # of a diffusion network
+VARIANCES = ("small", "large")  # of the DDPM step
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -63,7 +66,7 @@ def draw_noise(shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
-def _draw_like(x: Tensor, generator: Generators) -> Tensor:
+def draw_like(x: Tensor, generator: Generators) -> Tensor:
     """Standard normal like x (B, ...) float32, from one generator or from one per sample."""
     if generator is None:
         raise ValueError("a stochastic step got no source of noise: pass generator=, noise= or x_next=")
@@ -89,7 +92,7 @@ def _gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def _finish(mean, std, std_dev_t, noise, x_next, generator, log_prob) -> Transition:
     """Take or draw x_next and score it (as data: no gradient flows through x_next, only through the mean)."""
     if x_next is None:
-        noise = _draw_like(mean, generator) if noise is None else noise.float()
+        noise = draw_like(mean, generator) if noise is None else noise.float()
         x_next = mean + std * noise
     x_next = x_next.float().detach()
     return Transition(x_next, mean, std, std_dev_t, log_prob(x_next))
@@ -162,20 +165,49 @@ def ddim_step(
     clipped. log_prob (B,): mean over dimensions; None where eta is 0 or alpha_bar_next is 1, since nothing is random
     there. Source: DDIM eq. 12 and 16.
     """
-    if prediction not in ("epsilon", "v"):
-        raise ValueError(f"prediction={prediction!r}: allowed are 'epsilon' and 'v'")
     if eta < 0:
         raise ValueError(f"eta={eta}: must be 0 (deterministic) or more")
     x, out, ab, ab_next = x.float(), model_output.float(), _column(alpha_bar, x), _column(alpha_bar_next, x)
-    if prediction == "v":
-        x0, eps = ab.sqrt() * x - (1 - ab).sqrt() * out, ab.sqrt() * out + (1 - ab).sqrt() * x
-    else:
-        x0, eps = (x - (1 - ab).sqrt() * out) / ab.sqrt(), out
+    x0, eps = _data_and_noise(x, out, ab, prediction)
     std = eta * torch.sqrt((1 - ab_next) / (1 - ab)) * torch.sqrt((1 - ab / ab_next).clamp(min=0))
     mean = ab_next.sqrt() * x0 + (1 - ab_next - std**2).clamp(min=0).sqrt() * eps
     if not bool((std > 0).all()):
         return Transition(mean if x_next is None else x_next.float(), mean, std, std, None)
     return _finish(mean, std, std, noise, x_next, generator, lambda y: _gaussian_log_prob(y, mean, std))
+
+
+def ddpm_step(
+    x: Tensor, model_output: Tensor, alpha_bar, alpha_bar_next, *, prediction: str = "epsilon", variance: str = "small",
+    noise: Tensor | None = None, x_next: Tensor | None = None, generator: Generators = None,
+) -> Transition:  # fmt: skip
+    """One ancestral step of a diffusion model: a draw from the posterior q(x_next | x, x0) at the predicted x0.
+
+    Arguments as for `ddim_step`; the noise levels may lie any distance apart, with beta = 1 - alpha_bar / alpha_bar_next.
+    variance "small": the posterior's own, beta (1 - alpha_bar_next) / (1 - alpha_bar), which makes it the DDIM step of eta 1;
+    "large": beta, the upper bound (DDPM section 3.2: right for data of one point, or for data as wide as the noise). Nothing
+    is drawn where alpha_bar_next is 1, and log_prob is None there. Source: DDPM eq. 7. Differs from diffusers' DDPMScheduler:
+    that adds noise whenever the timestep is above 0, so with few steps of "large" its last one ends in noise.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"variance={variance!r}: allowed are 'small' and 'large'")
+    x, out, ab, ab_next = x.float(), model_output.float(), _column(alpha_bar, x), _column(alpha_bar_next, x)
+    x0, _ = _data_and_noise(x, out, ab, prediction)
+    alpha = (ab / ab_next).clamp(max=1)  # of this step
+    left = (1 - ab_next) / (1 - ab)  # share of the noise variance that stays
+    mean = ab_next.sqrt() * (1 - alpha) / (1 - ab) * x0 + alpha.sqrt() * left * x
+    std = torch.sqrt((1 - alpha) * (left if variance == "small" else (ab_next < 1)))
+    if not bool((std > 0).all()):
+        return Transition(mean if x_next is None else x_next.float(), mean, std, std, None)
+    return _finish(mean, std, std, noise, x_next, generator, lambda y: _gaussian_log_prob(y, mean, std))
+
+
+def _data_and_noise(x: Tensor, out: Tensor, ab: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """(x0, epsilon) that a diffusion network's output `out` at x says."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction={prediction!r}: allowed are 'epsilon' and 'v'")
+    if prediction == "v":
+        return ab.sqrt() * x - (1 - ab).sqrt() * out, ab.sqrt() * out + (1 - ab).sqrt() * x
+    return (x - (1 - ab).sqrt() * out) / ab.sqrt(), out
 
 
 @torch.no_grad()
@@ -208,31 +240,37 @@ def rollout(
     steps (Flow-GRPO-Fast).
     """
     noise = noise.to(network.latent_mean.device)
-    noises = None if noises is None else noises.to(noise.device)
     times = flow.time_grid(steps).to(noise.device)
     first, length = window or (0, steps)
     last = steps if last_step_noise and kind == "sde" else steps - 1
     stochastic = [i for i in range(first, min(first + length, last)) if noise_level > 0]
-    x, text = noise.float(), flow.prepare_text(network, cond, guidance_scale)
+    text = flow.prepare_text(network, cond, guidance_scale)
+
+    def step(i: int, x: Tensor, eps: Tensor) -> Transition:
+        v = flow.guided(network, x, times[i], text, guidance_scale)
+        level = noise_level if i in stochastic else 0.0
+        return sde_step(x, v, times[i], times[i + 1], noise_level=level, t_max=times[1], kind=kind, noise=eps)
+
+    walked = walk(step, noise, steps, stochastic, generators=generators, noises=noises)
+    return Trajectory(*walked, times, stochastic, noise_level, kind)
+
+
+def walk(
+    step: Callable[[int, Tensor, Tensor], Transition], noise: Tensor, steps: int, stochastic: Sequence[int], *,
+    generators: Generators = None, noises: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The latents, log_probs and noises of a `Trajectory` from noise (B, N, C): step(i, x, eps) for i = 0 .. steps-1.
+
+    eps is drawn from `generators`, or taken from `noises` (B, S, N, C), on the steps in `stochastic`; zeros on the others.
+    """
+    x, noises = noise.float(), None if noises is None else noises.to(noise.device)
     latents, log_probs, drawn = [x], [], []
     for i in range(steps):
         active = i in stochastic
-        eps = torch.zeros_like(x) if not active else noises[:, i] if noises is not None else _draw_like(x, generators)
-        v = flow.guided(network, x, times[i], text, guidance_scale)
-        out = sde_step(
-            x,
-            v,
-            times[i],
-            times[i + 1],
-            noise_level=noise_level if active else 0.0,
-            t_max=times[1],
-            kind=kind,
-            noise=eps,
-        )
+        eps = torch.zeros_like(x) if not active else noises[:, i] if noises is not None else draw_like(x, generators)
+        out = step(i, x, eps)
         x = out.x_next
         latents.append(x)
         drawn.append(eps)
         log_probs.append(x.new_full((x.shape[0],), float("nan")) if out.log_prob is None else out.log_prob)
-    return Trajectory(
-        torch.stack(latents, 1), torch.stack(log_probs, 1), torch.stack(drawn, 1), times, stochastic, noise_level, kind
-    )
+    return torch.stack(latents, 1), torch.stack(log_probs, 1), torch.stack(drawn, 1)
