@@ -82,11 +82,11 @@ def test_the_first_round_of_a_critic_is_the_normalised_reward():
     rollouts = collect(world)
     critic = ppo.make_critic(world, RECORDS, seed=0)
     advantages, returns, known = ppo.critic_advantages(critic, rollouts, config)
-    reward = (rollouts.rewards - rollouts.rewards.mean()) / rollouts.rewards.std(correction=0)
+    reward = (rollouts.rewards - rollouts.rewards.mean()) / (rollouts.rewards.std(correction=0) + 1e-4)
     want = reward[:, None] * 0.5 ** torch.arange(3, -1, -1)
-    torch.testing.assert_close(returns, want, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(returns, want, rtol=1e-4, atol=1e-5)
     trained = want[:, :3]  # the last step is certain
-    torch.testing.assert_close(advantages, (want - trained.mean()) / trained.std(correction=0), rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(advantages, (want - trained.mean()) / (trained.std(correction=0) + 1e-4), rtol=1e-4, atol=1e-5)
     assert known == pytest.approx(0, abs=1e-6)
 
 
@@ -236,14 +236,14 @@ def test_clips_in_parts_have_the_same_gradient():
 
 # -------------------------------------------------------------------------------------------- updates
 def test_passes_end_where_the_policy_has_gone_too_far():
-    done, norms = {}, {}
+    done = {}
     for target in (0.0, 1e-7, 1e3):
         world = Toy()
         rollouts = collect(world)
         config = dataclasses.replace(PPO, epochs=3, minibatches=2, target_kl=target, learning_rate=1e-2)
         optimizer = online.make_optimizer(world.network, config.learning_rate)
         row = ppo.update(world.network, optimizer, None, rollouts, ppo.prompt_advantages(rollouts), config, random())
-        done[target], norms[target] = row["epochs_done"], row
+        done[target] = row["epochs_done"]
         assert all(p.grad is None for p in world.network.parameters())
         steps = next(iter(optimizer.state.values()))["step"].item()
         assert steps == 2 * row["epochs_done"]
@@ -354,8 +354,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(name, tmp_path):
     states = [torch.load(tmp_path / f"{kind}.pt", weights_only=True)["modules"] for kind in ("whole", "part")]
     assert states[0].keys() == states[1].keys()
     assert ("critic" in states[0]) == ("critic_optimizer" in states[0]) == (config.advantage == "gae")
-    flat = [torch.utils._pytree.tree_leaves(state) for state in states]
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*flat, strict=True))
+    for name, stored in states[0].items():  # of an optimizer: what it remembers of each weight
+        torch.testing.assert_close(states[1][name].get("state", states[1][name]), stored.get("state", stored), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("config", [PPO, PROMPT], ids=["gae", "prompt"])
@@ -366,7 +366,8 @@ def test_rounds_where_everything_ties_are_skipped(config):
     assert all(row["skipped"] == 1 and row["trained_clips"] == row["epochs_done"] == 0 for row in history)
     assert torch.equal(weights(world.network), before)
     learned = ppo.train(world, toy_reward, RECORDS, config, seed=0)
-    assert set(history[0]) | {"part_power"} == set(learned[0]) and learned[0]["entropy"] == pytest.approx(history[0]["entropy"])
+    assert set(history[0]) | {"part_power"} == set(learned[0])
+    assert learned[0]["entropy"] == pytest.approx(history[0]["entropy"], abs=1e-5)
     assert ("value_loss" in learned[0]) == ("explained_variance" in learned[0]) == (config.advantage == "gae")
 
 
