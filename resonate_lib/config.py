@@ -128,6 +128,17 @@ class PretrainConfig(Config):
 
 
 @dataclass(frozen=True)
+class DiffusionConfig(Config):
+    """Notebook 08: the diffusion base model. Sizes, batches, rates and times are those of PretrainConfig."""
+
+    section: ClassVar[str] = "diffusion"
+    schedule: str = knob("cosine", choices=("cosine", "linear", "scaled_linear"))  # of the noise
+    prediction: str = knob("v", choices=("v", "epsilon"))  # what the network answers
+    steps: int = knob(6000, low=1)  # optimizer steps
+    num_steps: int = knob(25, low=1, high=1000)  # denoising steps where its samplers are compared
+
+
+@dataclass(frozen=True)
 class RewardConfig(Config):
     """Notebook 02: training of the small reward models, and which published ones the larger profiles use."""
 
@@ -391,6 +402,7 @@ CONFIGS: tuple[type[Config], ...] = (
     SuiteConfig,
     DataConfig,
     PretrainConfig,
+    DiffusionConfig,
     RewardConfig,
     DPOConfig,
     GRPOConfig,

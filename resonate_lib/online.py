@@ -112,9 +112,10 @@ def collect(
 ) -> Rollouts:  # fmt: skip
     """Sample group_size clips for each record, decode them and score them.
 
-    generator: gives encode_prompts, decode, sample_rate, latent_shape; `network` is the policy that samples (it may be
-    a copy of generator.network). records: dicts with prompt_text, handed to the reward as metadata. sde: keyword
-    arguments of `samplers.rollout` (noise_level, kind, window, last_step_noise), or None for the deterministic solver.
+    generator: gives encode_prompts, decode, sample_rate, latent_shape, diffusion; `network` is the policy that samples (it may
+    be a copy of generator.network). records: dicts with prompt_text, handed to the reward as metadata. sde: keyword arguments
+    of `samplers.rollout` (noise_level, kind, window, last_step_noise), for a diffusion model of `Diffusion.rollout` (eta,
+    kind, variance, window), or None for the deterministic solver.
     The first noise and all later ones of clip i come from one generator seeded by (seed, i); with a window the siblings
     (clips of one prompt) share the first noise, so that they differ by the window's alone. sample_batch: most clips
     sampled, decoded and scored at once (0: all); it bounds memory and changes nothing but rounding. unnormalise=False
@@ -130,6 +131,7 @@ def collect(
     noise = torch.stack([torch.randn(*generator.latent_shape, generator=g) for g in sources]).to(device)
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}  # equal prompts form one group
     group_ids = torch.tensor([numbers[prompt] for prompt in prompts])
+    sampler = generator.diffusion or samplers
     if sde is not None and sde.get("window"):
         noise = noise[[prompts.index(prompt) for prompt in prompts]]
 
@@ -137,9 +139,9 @@ def collect(
         trajectory = None
         with autocast(precision, device.type):
             if sde is None:
-                latents = samplers.ode_sample(network, noise[rows], cond.index(rows), steps=steps, guidance_scale=guidance_scale)
+                latents = sampler.ode_sample(network, noise[rows], cond.index(rows), steps=steps, guidance_scale=guidance_scale)
             else:
-                trajectory = samplers.rollout(
+                trajectory = sampler.rollout(
                     network, noise[rows], cond.index(rows), steps=steps, guidance_scale=guidance_scale,
                     generators=sources[rows], **sde,
                 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Flow-matching pre-training of a generator on captioned audio: codec fit, latent statistics, velocity regression."""
+"""Pre-training of a generator on captioned audio: codec fit, latent statistics, regression of the velocity or of a diffusion
+network's prediction."""
 
 from functools import partial
 
@@ -7,6 +8,7 @@ import torch
 
 from resonate_lib import flow, online, training
 from resonate_lib.data.corpus import LazyCorpus
+from resonate_lib.diffusion import Diffusion
 from resonate_lib.models.codec import MelCodec
 from resonate_lib.models.generator import Generator
 
@@ -100,9 +102,9 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
     Channels count by the square root of their deviation in the raw latent: whitened principal components are equally loud to
     the network, but the first carry the events and the last only texture. AdamW (0.9, 0.95; eps), gradient norm at most 1,
     published schedule, which ends at a hundredth of the rate. micro_batch: clips per forward and backward (0: all);
-    checkpointing: see `FluxAudio`.
+    checkpointing: see `FluxAudio`. The loss is flow matching, or generator.diffusion's own at the same draws.
     """
-    network = generator.network.train()
+    network, process = generator.network.train(), generator.diffusion or flow
     network.checkpointing, network.adapter = checkpointing, None
     weight = channel_weight(generator)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay,
@@ -122,7 +124,8 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
         noising = flow.draw_noising(drawn, generator=rng, caption_dropout=caption_dropout, time_mean=time_mean)
         draws = (drawn, mask, *noising)
         optimizer.zero_grad()
-        metrics = online.in_parts(partial(_backward, network, draws, condition, weight, precision), batch_size, micro_batch)
+        metrics = online.in_parts(partial(_backward, process, network, draws, condition, weight, precision), batch_size,
+                                  micro_batch)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -134,12 +137,12 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
     return history
 
 
-def _backward(network, draws, condition, weight, precision, part: slice, share: float) -> dict[str, float]:
-    """Add `share` times the gradient of the loss on a part of the batch, whose draws are made."""
+def _backward(process, network, draws, condition, weight, precision, part: slice, share: float) -> dict[str, float]:
+    """Add `share` times the gradient of the loss on a part of the batch, whose draws are made. process: `flow`, or a Diffusion."""
     device = network.latent_mean.device
     latents, mask, t, noise, drop = (None if tensor is None else tensor[part].to(device) for tensor in draws)
     with training.autocast(precision, device.type):
-        loss = flow.noised_loss(network, latents, condition.index(part).to(device), t, noise, drop, mask=mask, weight=weight)
+        loss = process.noised_loss(network, latents, condition.index(part).to(device), t, noise, drop, mask=mask, weight=weight)
     (loss * share).backward()
     return {"loss": loss.item()}
 
@@ -156,18 +159,21 @@ def train_by(generator: Generator, latents, captions, config, *, steps: int | No
 
 @torch.no_grad()
 def validation_loss(generator: Generator, latents: torch.Tensor, captions: list[str], *, seed: int = 0) -> float:
-    """Flow-matching loss on held-out latents (n, N, C), at times and noises that the seed fixes."""
-    rng = torch.Generator().manual_seed(seed)
+    """The loss of `train` on held-out latents (n, N, C), at times and noises that the seed fixes."""
+    rng, process = torch.Generator().manual_seed(seed), generator.diffusion or flow
     total = 0.0
     for start in range(0, len(latents), 128):
         part = latents[start : start + 128].to(generator.device)
         condition = generator.encode_prompts(captions[start : start + 128])
-        total += float(flow.flow_loss(generator.network, part, condition, generator=rng, caption_dropout=0.0)) * len(part)
+        draws = flow.draw_noising(part, generator=rng, caption_dropout=0.0)
+        total += float(process.noised_loss(generator.network, part, condition, *draws)) * len(part)
     return total / len(latents)
 
 
-def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, checkpoint=None) -> tuple[Generator, list[dict], float]:
-    """A generator trained from nothing on a corpus: codec fit, latents, flow matching by a `PretrainConfig`.
+def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, checkpoint=None,
+               diffusion: Diffusion | None = None) -> tuple[Generator, list[dict], float]:
+    """A generator trained from nothing on a corpus: codec fit, latents, flow matching by a `PretrainConfig`, or with `diffusion`
+    a model of that process.
 
     steps: other than config.steps (a demonstration). The corpus's audio is let go once its latents are known: at 12,000 scenes
     1.5 GB. Returns the generator, the history, and the share of variance the codec keeps.
@@ -175,8 +181,9 @@ def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, check
     codec, kept = fit_codec(corpus)
     generator = Generator.new(codec, hidden_dim=config.hidden_dim, depth=config.depth, fused_depth=config.fused_depth,
                               num_heads=config.num_heads, mlp_ratio=config.mlp_ratio,
-                              text_seq_len=config.text_seq_len, seed=seed)
+                              text_seq_len=config.text_seq_len, seed=seed, diffusion=diffusion)
     latents = encode_corpus(generator, corpus)
     corpus.audio = corpus.audio[:0].copy()
-    history = train_by(generator, latents, corpus.captions, config, steps=steps, seed=seed, checkpoint=checkpoint)
+    history = train_by(generator, latents, corpus.captions, config, steps=steps, seed=seed, checkpoint=checkpoint,
+                       label="diffusion base" if diffusion else "base")
     return generator, history, kept

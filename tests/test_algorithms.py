@@ -26,7 +26,7 @@ DPO = DPOConfig(steps=2, pairs=10, batch_size=4, num_steps=4, learning_rate=1e-3
 class ToyGenerator:
     """Text is a constant per prompt; audio is the latent laid flat."""
 
-    sample_rate, latent_shape, parts = 8, (5, 6), {}
+    sample_rate, latent_shape, parts, diffusion = 8, (5, 6), {}, None
 
     def __init__(self):
         torch.manual_seed(1)

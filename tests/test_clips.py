@@ -45,7 +45,7 @@ class Codec(nn.Module):
 class Generator:
     """Sound is a sine whose amplitude is a uniform number of the seed, times the network's one weight."""
 
-    sample_rate, device = RATE, torch.device("cpu")
+    sample_rate, device, diffusion = RATE, torch.device("cpu"), None
 
     def __init__(self, weight=1.5):
         self.text, self.codec, self.network = Text(), Codec(), nn.Linear(1, 1, bias=False)

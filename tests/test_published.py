@@ -121,7 +121,7 @@ def test_parts_that_moved_are_named_anew(weights, loaded, tmp_path):
 
 
 def test_half_precision_on_request(loaded, tmp_path):
-    loaded.save(tmp_path / "half", half=True)
+    loaded.save(tmp_path / "half", bits=16)
     again = Generator.load(tmp_path / "half", device="cpu")
     assert relative(again.network.final_layer.conv.weight, loaded.network.final_layer.conv.weight) < 1e-3
     assert again.network.final_layer.conv.weight.dtype == torch.float32

@@ -373,7 +373,7 @@ def test_a_seed_for_each_prompt_is_needed(generator):
 
 
 def test_saved_and_loaded_gives_the_same_latents(generator, tmp_path):
-    generator.save(tmp_path / "copy", half=False)
+    generator.save(tmp_path / "copy", bits=32)
     again = Generator.load(tmp_path / "copy")
     one, other = (g.generate(["a dog barks"], steps=2, seeds=[3], precision="float32") for g in (generator, again))
     assert torch.allclose(one, other, atol=2e-3)  # token states are kept as float16

@@ -16,6 +16,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ class Store:
         device = generator.device.type
         content = self._model(generator) | {
             "code": _code(),
-            "solver": "euler",
+            "solver": "ddim" if generator.diffusion else "euler",
             "num_steps": int(num_steps),
             "guidance_scale": float(guidance_scale),
             "decode_iterations": int(decode_iterations),
@@ -74,7 +75,8 @@ class Store:
         for module, facts in ((codec, codec.config), (text, _text_facts(text))):
             if module not in self._frozen:
                 self._frozen[module] = sha256_module(module, {"class": type(module).__name__, **facts})
-        network = sha256_module(generator.network, generator.network_config)
+        process = {"diffusion": asdict(generator.diffusion)} if generator.diffusion else {}
+        network = sha256_module(generator.network, generator.network_config | process)
         return {"network": network, "codec": self._frozen[codec], "text": self._frozen[text]}
 
     def note(self, clips: int, generator) -> str:
@@ -173,7 +175,7 @@ def _text_facts(text) -> dict:
 def _code() -> str:
     """sha256 of the code that turns weights and a prompt into sound: clips of a changed sampler or codec are other clips."""
     library = Path(__file__).resolve().parent.parent
-    files = [library / "flow.py", library / "samplers.py", *sorted((library / "models").glob("*.py"))]
+    files = [*(library / f"{name}.py" for name in ("flow", "samplers", "diffusion")), *sorted((library / "models").glob("*.py"))]
     return hashlib.sha256("".join(record.sha256_file(path) for path in files).encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
-"""Training everything that ships from nothing: the base model, the independent judge, two CLAPs and two LALMs.
+"""Training everything that ships from nothing: the two base models (a flow and a diffusion, on the same scenes), the independent
+judge, two CLAPs and two LALMs.
 
-No two of them share a scene: each has a corpus of its own, told apart by the seed.
+No two of the others share a scene: each has a corpus of its own, told apart by the seed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,9 +20,10 @@ import numpy as np
 import torch
 
 from resonate_lib import pretrain, training
-from resonate_lib.config import plain
+from resonate_lib.config import PretrainConfig, plain
 from resonate_lib.data import scenes
 from resonate_lib.data.corpus import Corpus, open_corpus, to_int16
+from resonate_lib.diffusion import Diffusion
 from resonate_lib.evaluation.judge import Judge, fit_judge, freeze_threshold
 from resonate_lib.evaluation.worlds import FolderWorld
 from resonate_lib.models.generator import Generator, codec_mode
@@ -90,6 +93,16 @@ def to_build(run, world) -> list[str]:
     return ["base"] if own else []
 
 
+def to_build_diffusion(run, world) -> list[str]:
+    """What notebook 08 trains first: the diffusion base from scratch, where there is none, and where the shipped one is of another
+    seed; nothing for recordings in a folder, where it is a published pipeline."""
+    if not world.knows_events:
+        return []
+    found = None if run.from_scratch else run.resolve_input("diffusion", optional=True)
+    own = found is None or found == run.checkpoint("diffusion") or Generator.facts(found).get("seed", run.seed) != run.seed
+    return ["diffusion"] if own else []
+
+
 def demonstrate(base: Generator, world, config, *, seed: int) -> tuple[list[dict], float | None]:
     """`config.demo_steps` steps of pre-training, for the eye: from nothing on a few scenes, or of a copy of a published base on
     recordings. Returns the history, and the share of variance the codec keeps (None of a published one)."""
@@ -134,20 +147,22 @@ def train_reward(name: str, config, data, *, seed: int, checkpoint=None) -> tupl
 
 
 def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | None, cache: Path) -> list[dict]:
-    """Train `name` (base, judge or a reward) from nothing and save it in `folder`; returns the training history.
+    """Train `name` (base, diffusion, judge or a reward) from nothing and save it in `folder`; returns the training history.
 
-    configs: "suite", "pretrain", "reward" and "data", the resolved dataclasses. state: the file a killed training goes on from.
+    configs: "suite", "pretrain", "reward" and "data", the resolved dataclasses, and for the diffusion base "diffusion". state: the
+    file a killed training goes on from.
     """
     data, rewards = configs["data"], configs["reward"]
     if folder.is_dir() and (history := training.history_done(state)):  # saved after its last step, by the run that is resumed
         return history
-    if name == "base" and configs["suite"].world == "folder":
-        return _build_published(configs, seed=seed, folder=folder, state=state)
-    if name == "base":
+    if name in ("base", "diffusion"):
+        config, process = _recipe(name, configs)
+        if configs["suite"].world == "folder":
+            return _build_published(configs, config, process, seed=seed, folder=folder, state=state)
         corpus = open_corpus(data, "train", seed=seed, cache=cache)
-        base, history, kept = pretrain.build_base(corpus, configs["pretrain"], seed=seed, checkpoint=state)
+        base, history, kept = pretrain.build_base(corpus, config, seed=seed, checkpoint=state, diffusion=process)
         made = {"clips": len(corpus), "world_seed": data.world_seed, "variance_kept": kept}
-        base.save(folder, seed=seed, **made, **plain(configs["pretrain"]))
+        base.save(folder, seed=seed, **made, **plain(config))
     elif name == "judge":
         judge, history = train_judge(rewards, data, seed=seed, checkpoint=state)
         made = {key: value for key, value in plain(rewards).items() if key.startswith("judge_")}
@@ -159,13 +174,24 @@ def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | No
     return history
 
 
-def _build_published(configs: dict, *, seed: int, folder: Path, state: Path | None) -> list[dict]:
+def _recipe(name: str, configs: dict) -> tuple[PretrainConfig, Diffusion | None]:
+    """How the base model `name` is trained, and its process: None for the flow. The diffusion base has steps of its own."""
+    if name == "base":
+        return configs["pretrain"], None
+    own = configs["diffusion"]
+    return replace(configs["pretrain"], steps=own.steps), Diffusion(schedule=own.schedule, prediction=own.prediction)
+
+
+def _build_published(
+    configs: dict, config: PretrainConfig, process: Diffusion | None, *, seed: int, folder: Path, state: Path | None
+) -> list[dict]:
     """A network trained from nothing on recordings, around the published codec and text encoder."""
-    suite, config = configs["suite"], configs["pretrain"]
+    suite = configs["suite"]
     places = {key: getattr(suite, key) or None for key in ("vae", "vocoder", "text")}
     sizes = {key: getattr(config, key) for key in ("hidden_dim", "depth", "fused_depth", "num_heads", "mlp_ratio", "text_seq_len")}
     mode = codec_mode(suite.sample_rate)
-    generator = Generator.new_published(suite.weights, mode=mode, seconds=suite.seconds, seed=seed, **places, **sizes)
+    generator = Generator.new_published(suite.weights, mode=mode, seconds=suite.seconds, seed=seed, diffusion=process, **places,
+                                        **sizes)
     corpus = FolderWorld(configs["data"], sample_rate=generator.sample_rate, seconds=suite.seconds).corpus("train", seed=seed)
     pretrain.measure_statistics(generator, corpus)
     history = pretrain.train_by(generator, pretrain.encode_only(generator, corpus), corpus.captions, config, seed=seed,

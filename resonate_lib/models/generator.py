@@ -1,4 +1,4 @@
-"""Text encoder, flow network and codec as one thing: encode prompts, sample latents, decode audio, load, save.
+"""Text encoder, network and codec as one thing: encode prompts, sample latents, decode audio, load, save.
 
 Of the embedded kind (MiniLM, mel codec) network and codec are saved. Around published parts (FLAN-T5, VAE and vocoder) the
 network alone is, with a note of where the others lie.
@@ -7,13 +7,15 @@ network alone is, with a note of where the others lie.
 import copy
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from resonate_lib import samplers, training
-from resonate_lib.models import lora
+from resonate_lib.diffusion import Diffusion
+from resonate_lib.models import lora, storage
 from resonate_lib.models.bigvgan import without_weight_norm
 from resonate_lib.models.codec import MELS, MelCodec, VaeCodec
 from resonate_lib.models.flux_audio import Condition, FluxAudio
@@ -29,12 +31,14 @@ class Generator:
     """A text-to-audio generator. Latents are in the network's (normalised) space everywhere but inside the codec.
 
     text: prompts -> Condition; network: FluxAudio; codec: encode/decode raw latents. latent_shape: (N, C). parts: the
-    published ones it is built from, by their key in `pretrained.PARTS`; empty for the embedded kind.
+    published ones it is built from, by their key in `pretrained.PARTS`; empty for the embedded kind. diffusion: the process
+    whose prediction the network makes, which then samples; None for a flow.
     """
 
-    def __init__(self, text, network: FluxAudio, codec, network_config: dict, parts: dict[str, Located] | None = None):
+    def __init__(self, text, network: FluxAudio, codec, network_config: dict, parts: dict[str, Located] | None = None,
+                 diffusion: Diffusion | None = None):
         self.text, self.network, self.codec, self.network_config = text, network, codec, network_config
-        self.parts = parts or {}
+        self.parts, self.diffusion = parts or {}, diffusion
         self.sample_rate = codec.sample_rate
         self.latent_shape = (codec.latent_len, codec.latent_dim)
         self._known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -42,8 +46,9 @@ class Generator:
 
     @classmethod
     def new(cls, codec: MelCodec, *, hidden_dim=192, depth=6, fused_depth=4, num_heads=3, mlp_ratio=4.0,
-            text_seq_len=MAX_TOKENS, seed=0) -> "Generator":
-        """An untrained generator around a fitted codec, its weights a function of the seed. text_seq_len: a prompt's longest."""
+            text_seq_len=MAX_TOKENS, seed=0, diffusion: Diffusion | None = None) -> "Generator":
+        """An untrained generator around a fitted codec, its weights a function of the seed. text_seq_len: a prompt's longest;
+        diffusion: as in `Generator`."""
         text = MiniLMEncoder(text_seq_len)
         config = dict(latent_dim=codec.latent_dim, text_dim=text.text_dim, text_c_dim=text.text_dim, hidden_dim=hidden_dim,
                       depth=depth, fused_depth=fused_depth, num_heads=num_heads, latent_seq_len=codec.latent_len,
@@ -52,7 +57,7 @@ class Generator:
             torch.manual_seed(seed)
             network = FluxAudio(**config)
         _know_the_empty_string(network, text)
-        return cls(text, network, codec, config)
+        return cls(text, network, codec, config, diffusion=diffusion)
 
     @classmethod
     def load_published(cls, source=None, *, part="generator_pt", vae=None, vocoder=None, text=None, mode="44k", seconds=10.0,
@@ -74,10 +79,11 @@ class Generator:
 
     @classmethod
     def new_published(cls, source=None, *, vae=None, vocoder=None, text=None, mode="44k", seconds=10.0, device=None, seed=0,
-                      hidden_dim=448, depth=52, fused_depth=36, num_heads=7, mlp_ratio=4.0, text_seq_len=MAX_TOKENS) -> "Generator":
+                      hidden_dim=448, depth=52, fused_depth=36, num_heads=7, mlp_ratio=4.0, text_seq_len=MAX_TOKENS,
+                      diffusion: Diffusion | None = None) -> "Generator":
         """An untrained network (sizes by default the published ones) around the published codec and text encoder.
 
-        Arguments as for `load_published`. The latent statistics are the published ones where the codec has the published
+        Arguments as for `load_published` and `new`. The latent statistics are the published ones where the codec has the published
         width, else unset until `pretrain.encode_corpus` measures them.
         """
         parts = _locate_around(mode, source, vae, vocoder, text)
@@ -91,7 +97,7 @@ class Generator:
             torch.manual_seed(seed)
             network = FluxAudio(**config, **(statistics if known else {}))
         _know_the_empty_string(network, text)
-        return cls(text, network, codec, config, parts)._on(device)
+        return cls(text, network, codec, config, parts, diffusion)._on(device)
 
     def _on(self, device) -> "Generator":
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,18 +111,22 @@ class Generator:
 
     def fork(self) -> "Generator":
         """A generator with a copy of the network to train, sharing the text encoder and the codec."""
-        return Generator(self.text, copy.deepcopy(self.network), self.codec, self.network_config, self.parts)
+        return Generator(self.text, copy.deepcopy(self.network), self.codec, self.network_config, self.parts, self.diffusion)
 
     def with_network(self, folder) -> "Generator":
         """The generator that `save` wrote into `folder`, sharing this one's text encoder, codec and encoded prompts: a tuning of
-        it. ValueError where it is of another size."""
+        it. ValueError where it is of another size, or not of the same process."""
         folder = Path(folder)
-        config = json.loads(_present(folder, "generator.json").read_text())["network"]
+        facts = json.loads(_present(folder, "generator.json").read_text())
+        config, diffusion = facts["network"], _process(facts)
         weights = _present(folder, "network.safetensors")
         if config != self.network_config:
             raise ValueError(f"{folder}: its network is {config}, this one {self.network_config}; name a tuning of the same base")
-        network = _load_network(config, _float(read_weights(weights)), weights, self.text, self.codec).to(self.device)
-        other = Generator(self.text, network, self.codec, config, self.parts)
+        if diffusion != self.diffusion:
+            mine, other = (process or "a flow" for process in (self.diffusion, diffusion))
+            raise ValueError(f"{folder}: its network is of {other}, this one of {mine}; name a tuning of the same base")
+        network = _load_network(config, storage.read(weights), weights, self.text, self.codec).to(self.device)
+        other = Generator(self.text, network, self.codec, config, self.parts, diffusion)
         other._known = self._known
         return other
 
@@ -153,13 +163,15 @@ class Generator:
     @torch.no_grad()
     def generate(self, prompts: list[str], *, steps: int = 25, guidance_scale: float = 1.0, seeds: list[int],
                  network: FluxAudio | None = None, precision: str = "auto") -> torch.Tensor:
-        """Latents (B, N, C): Euler steps from noise that each sample's seed fixes. network: another one in place of its own."""
+        """Latents (B, N, C) from noise that each sample's seed fixes: Euler steps of a flow, DDIM steps of a diffusion, both
+        deterministic. network: another one in place of its own."""
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
         noise = samplers.draw_noise(self.latent_shape, seeds).to(self.device)
+        sampler = self.diffusion or samplers
         with training.autocast(precision, self.device.type):
-            return samplers.ode_sample(network or self.network, noise, self.encode_prompts(prompts), steps=steps,
-                                       guidance_scale=guidance_scale)
+            return sampler.ode_sample(network or self.network, noise, self.encode_prompts(prompts), steps=steps,
+                                      guidance_scale=guidance_scale)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, *, iterations: int = LISTENING_ITERATIONS, normalised: bool = True,
@@ -172,21 +184,25 @@ class Generator:
         raw = self.network.unnormalize(latents) if normalised else latents
         return self.codec.decode(raw, iterations=iterations, limit=limit).cpu()
 
-    def save(self, folder, *, half: bool | None = None, **facts):
-        """network.safetensors, codec.safetensors, generator.json (configuration and the facts given). half: stored as float16.
+    def save(self, folder, *, bits: int | None = None, **facts):
+        """network.safetensors, codec.safetensors, generator.json (configuration and the facts given). bits: a weight's on disk, 32,
+        16 or 8 (see `storage.packed`); the codec, which everything is heard through, never has fewer than 16.
 
-        Around published parts: no codec.safetensors; generator.json names the parts, and half is off unless asked for (of the
-        embedded kind it is on), so that what a checkpoint gives is what the network gave.
+        Around published parts: no codec.safetensors; generator.json names the parts, and bits is 32 unless asked for (of the
+        embedded kind 16), so that what a checkpoint gives is what the network gave.
         """
-        half = not self.parts if half is None else half
+        bits = (32 if self.parts else 16) if bits is None else bits
         facts = {"network": self.network_config, "codec": self.codec.config, **facts}
-        modules = {"network": self.network} if self.parts else {"network": self.network, "codec": self.codec}
+        stored = {"network": storage.packed(self.network.state_dict(), bits)}
+        if not self.parts:
+            stored["codec"] = storage.packed(self.codec.state_dict(), max(bits, 16))
+        if self.diffusion is not None:
+            facts["diffusion"] = asdict(self.diffusion)
         if self.parts:
             facts["parts"] = {name: {"source": found.source, "path": str(found.path)} for name, found in self.parts.items()}
         with training.atomic_folder(folder) as temporary:
-            for name, module in modules.items():
-                state = {k: (v.half() if half else v).cpu().contiguous() for k, v in module.state_dict().items()}
-                save_file(state, temporary / f"{name}.safetensors")
+            for name, tensors in stored.items():
+                save_file(tensors, temporary / f"{name}.safetensors")
             if self.network.adapter is not None:
                 lora.save(self.network.adapter, temporary / "adapter.safetensors")
             (temporary / "generator.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -205,7 +221,7 @@ class Generator:
     def facts(folder) -> dict:
         """What `save` was told about the model in `folder`: seed, steps, …"""
         config = json.loads((Path(folder) / "generator.json").read_text())
-        return {key: value for key, value in config.items() if key not in ("network", "codec", "parts")}
+        return {key: value for key, value in config.items() if key not in ("network", "codec", "parts", "diffusion")}
 
     @classmethod
     def load(cls, folder, source=None, *, vae=None, vocoder=None, text=None, device=None) -> "Generator":
@@ -218,19 +234,17 @@ class Generator:
         if source is not None and not Path(source).is_dir():
             raise FileNotFoundError(f"{source}: there is no such directory; name one that holds the codec and the text encoder")
         config = json.loads(_present(folder, "generator.json").read_text())
-        weights = _present(folder, "network.safetensors")
+        weights, diffusion = _present(folder, "network.safetensors"), _process(config)
         if "parts" in config:
             mode, seconds = config["codec"]["mode"], config["codec"]["seconds"]
             parts = _locate_around(mode, source, vae, vocoder, text, config["parts"])
             text, codec = _load_around(parts, mode, seconds, config["network"]["text_seq_len"])
-            network = _load_network(config["network"], read_weights(weights), weights, text, codec)
-            return cls(text, network, codec, config["network"], parts)._on(device)
-        _present(folder, "codec.safetensors")
-        codec = MelCodec(**config["codec"])
-        codec.load_state_dict(_float(load_file(folder / "codec.safetensors")))
-        network = FluxAudio(**config["network"])
-        network.load_state_dict(_float(load_file(folder / "network.safetensors")))
-        return cls(MiniLMEncoder(config["network"]["text_seq_len"]), network.eval(), codec, config["network"])
+            network = _load_network(config["network"], storage.read(weights), weights, text, codec)
+            return cls(text, network, codec, config["network"], parts, diffusion)._on(device)
+        sound = _present(folder, "codec.safetensors")
+        codec = load_strict(MelCodec(**config["codec"]), storage.read(sound), str(sound))
+        network = load_strict(FluxAudio(**config["network"]), storage.read(weights), str(weights)).eval()
+        return cls(MiniLMEncoder(config["network"]["text_seq_len"]), network, codec, config["network"], diffusion=diffusion)
 
 
 def codec_mode(sample_rate: int) -> str:
@@ -240,8 +254,9 @@ def codec_mode(sample_rate: int) -> str:
     return MODES[sample_rate]
 
 
-def _float(state):
-    return {name: tensor.float() for name, tensor in state.items()}
+def _process(facts: dict) -> Diffusion | None:
+    """What generator.json says of the process: None for a flow."""
+    return Diffusion(**facts["diffusion"]) if facts.get("diffusion") else None
 
 
 def _present(folder: Path, name: str) -> Path:
