@@ -236,6 +236,8 @@ def _used(config, notebooks, parameters, base: Path | None, trained: bool) -> It
     suite, reward = config["suite"], config["reward"]
     if set(notebooks) <= {"01"}:
         return
+    if "08" in notebooks and config["diffusion"]["source"]:
+        yield pretrained.pipeline_part(config["diffusion"]["source"]), beside(config["diffusion"]["source"], suite["weights"])
     if not base and not trained:
         yield "generator_pt", suite["weights"]
     saved = _saved(base) if base and not Path(suite["weights"]).expanduser().is_dir() else {}

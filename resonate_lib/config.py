@@ -132,6 +132,7 @@ class DiffusionConfig(Config):
     """Notebook 08: the diffusion base model. Sizes, batches, rates and times are those of PretrainConfig."""
 
     section: ClassVar[str] = "diffusion"
+    source: str = ""  # directory or hub id of a pipeline of diffusers in its place (AudioLDM, AudioLDM 2, Stable Audio)
     schedule: str = knob("cosine", choices=("cosine", "linear", "scaled_linear"))  # of the noise
     prediction: str = knob("v", choices=("v", "epsilon"))  # what the network answers
     steps: int = knob(6000, low=1)  # optimizer steps

@@ -217,6 +217,39 @@ class Diffusion:
         return flow.velocity_error(output, prediction_target(latents, noise, bars, self.prediction), mask, weight).mean()
 
 
+@dataclass(frozen=True)
+class AngularDiffusion(Diffusion):
+    """Diffusion in continuous time t in (0, 1), which is an angle: sqrt(ab) = cos(pi t / 2). Stable Audio's.
+
+    Its scheduler says it in noise levels s of an exploding process, x = x0 + s noise: the network hears x / sqrt(1 + s^2) and is
+    told 2 atan(s) / pi, and from its output F follows x0 = x / (1 + s^2) - s F / sqrt(1 + s^2). Put s = tan(pi t / 2): what it is
+    told is t; with cos = 1 / sqrt(1 + s^2) and sin = s / sqrt(1 + s^2) it hears z = cos x0 + sin noise, so ab = 1 / (1 + s^2); and
+    x0 = cos z - sin F, so F is v. The scheduler's first x, noise times sqrt(1 + sigma_max^2), is z = noise.
+    A sampler visits noise levels with evenly spaced logarithms from sigma_max down to sigma_min, then the data; training
+    visits train_steps even times. schedule, betas, spacing and time_unit do not enter. Source: stable-audio-tools' sampler
+    as in diffusers' CosineDPMSolverMultistepScheduler, whose solver (second order, stochastic) is another.
+    """
+
+    sigma_min: float = 0.3
+    sigma_max: float = 500.0
+
+    @cached_property
+    def alpha_bars(self) -> Tensor:
+        times = (torch.arange(self.train_steps, dtype=torch.float64) + 0.5) / self.train_steps
+        return torch.cos(times * math.pi / 2).square()
+
+    def grid(self, steps: int) -> Grid:
+        """The `Grid` of a sampler of so many steps. ValueError when steps < 1."""
+        if steps < 1:
+            raise ValueError(f"steps={steps}: sampling needs at least 1 step")
+        levels = torch.linspace(math.log(self.sigma_max), math.log(self.sigma_min), steps, dtype=torch.float64).exp()
+        bars = torch.cat([1 / (1 + levels.square()), torch.ones(1, dtype=torch.float64)])
+        return Grid((levels.atan() * 2 / math.pi).float(), bars)
+
+    def _times(self, timesteps: Tensor) -> Tensor:
+        return ((timesteps + 0.5) / self.train_steps).float()
+
+
 def _step(
     x: Tensor, output: Tensor, bars: Tensor, j: int, *, prediction: str, kind: str = "ddim", eta: float = 0.0,
     variance: str = "small", noise: Tensor | None = None, x_next: Tensor | None = None,

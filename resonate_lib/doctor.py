@@ -105,14 +105,14 @@ def checks() -> list[Check]:
 def published(profile: str = "paper", directory: str | None = None) -> list[Check]:
     """A row per published model: where it lies, or its size, licence and address and where to put it. Downloads nothing.
 
-    Looked for in the directory given, else where the profile says (`suite.weights`, `reward.clap_source`, `reward.lalm_source`:
-    directories, or hub ids, which stand for the hub's local cache), else under its own id in that cache. ValueError where the
-    directory is none.
+    Looked for in the directory given, else where the profile says (`suite.weights`, `reward.clap_source`, `reward.lalm_source`,
+    `diffusion.source`: directories, or hub ids, which stand for the hub's local cache), else under its own id in that cache.
+    ValueError where the directory is none.
     """
     if directory is not None and not Path(directory).expanduser().is_dir():
         raise ValueError(f"--weights {directory}: there is no such directory; name the one that holds the published weights")
     try:
-        from resonate_lib.models.pretrained import PARTS, beside, locate
+        from resonate_lib.models.pretrained import PARTS, beside, locate, pipeline_part
 
         sections = load_profile(profile)
     except (ImportError, ValueError) as error:
@@ -122,6 +122,8 @@ def published(profile: str = "paper", directory: str | None = None) -> list[Chec
     lalm, clap = (beside(str(Path(reward.get(name, "")).expanduser()), weights) for name in ("lalm_source", "clap_source"))
     own = {part.name: lalm for part in PARTS.values() if Path(lalm).name == part.folder}
     own |= {"generator_pt": weights, "generator_grpo": weights, "clap": clap}
+    pipeline = sections.get("diffusion", {}).get("source")
+    own |= {pipeline_part(pipeline): beside(pipeline, weights)} if pipeline else {}
     rows = []
     for name, part in PARTS.items():
         try:

@@ -256,6 +256,7 @@ def minibatches(kept: Tensor, count: int, generator: torch.Generator) -> list[Te
 
 
 TRAINED = {"all": ("",), "attention": ("qkv", "_norm", "adaLN_modulation", "text_", "t_embed")}
+TRAINED["attention"] += ("to_q", "to_k", "to_v", "time_", "timestep_proj", "class_embedding", "global_proj", "cross_attention_proj")
 
 
 @contextlib.contextmanager

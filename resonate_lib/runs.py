@@ -29,7 +29,7 @@ from typing import Any
 import pandas as pd
 
 from resonate_lib import record
-from resonate_lib.config import CHECKOUT, Config, RewardConfig, SuiteConfig, derived, plain, resolve
+from resonate_lib.config import CHECKOUT, Config, DiffusionConfig, RewardConfig, SuiteConfig, derived, plain, resolve
 from resonate_lib.versions import allocate, compare, find, results_dir, summarise, verify
 
 __all__ = [
@@ -174,10 +174,14 @@ class Run:
 
         Where the profile's weights are published ones, the base is theirs unless this run (or --from) trained one; the files
         that it is made of are noted with their sha256. ValueError where the profile states another sample rate than theirs.
+        "diffusion" is the pipeline that `diffusion.source` names, where it names one; that has a sample rate of its own.
         """
         from resonate_lib.models.generator import Generator, codec_mode
 
         suite = resolve(SuiteConfig, self.profile)
+        source = resolve(DiffusionConfig, self.profile).source
+        if name == "diffusion" and source:
+            return self._pipeline(source, suite)
         places = {key: getattr(suite, key) or None for key in ("vae", "vocoder", "text")}
         published = suite.world == "folder"
         folder = self.resolve_input(name, optional=published and name == "base")
@@ -187,10 +191,19 @@ class Run:
         else:
             made = Generator.load(folder, suite.weights if Path(suite.weights).is_dir() else None, **places)
         if made.parts:
-            if made.sample_rate != suite.sample_rate:
+            if made.sample_rate != suite.sample_rate and "pipeline" not in made.network_config:
                 raise ValueError(f"profile {self.profile}: sample_rate={suite.sample_rate}, but the codec makes sound at "
                                  f"{made.sample_rate} Hz; set suite.sample_rate to that")
             self.record("inputs", made.provenance())
+        return made
+
+    def _pipeline(self, source: str, suite: SuiteConfig):
+        """The generator around a diffusers pipeline, its files noted."""
+        from resonate_lib.models import pretrained
+        from resonate_lib.models.pipelines import load_pipeline
+
+        made = load_pipeline(pretrained.beside(source, suite.weights), seconds=suite.seconds)
+        self.record("inputs", made.provenance())
         return made
 
     def scorer(self, name: str, *, text=None):

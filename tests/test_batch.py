@@ -267,7 +267,7 @@ def test_doctor_looks_in_a_directory_for_published_weights(folder, published, ca
     for place in (published, empty):
         cli.main(["doctor", "--profile", "small", "--weights", str(place)])
         said[place] = capsys.readouterr().out
-    assert "5 of 15 published parts are here" in said[published] and "0 of 15" in said[empty]
+    assert "5 of 18 published parts are here" in said[published] and "0 of 18" in said[empty]
     assert f"-> {published}/" in said[published] and f"-> {empty}/flan-t5-large" in said[empty]
     assert cli.main(["doctor", "--weights", str(folder / "absent")]) == 2
     assert "there is no such directory" in capsys.readouterr().err

@@ -414,4 +414,4 @@ def test_doctor_looks_where_the_profile_says(tmp_path, monkeypatch, capsys):
     assert {name for name, row in rows.items() if row.state == "ok"} == {"t5", "generator_grpo", "qwen25_omni"}
     assert rows["vae_44k"].remedy.endswith(f"MMAudio/resolve/main/ext_weights/v1-44.pth -> {weights}/v1-44.pth")
     doctor.main()
-    assert "3 of 15 published parts are here" in capsys.readouterr().out
+    assert "3 of 18 published parts are here" in capsys.readouterr().out

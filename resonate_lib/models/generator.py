@@ -1,7 +1,7 @@
 """Text encoder, network and codec as one thing: encode prompts, sample latents, decode audio, load, save.
 
-Of the embedded kind (MiniLM, mel codec) network and codec are saved. Around published parts (FLAN-T5, VAE and vocoder) the
-network alone is, with a note of where the others lie.
+Of the embedded kind (MiniLM, mel codec) network and codec are saved. Around published parts (FLAN-T5, VAE and vocoder, or a
+pipeline of diffusers, see `pipelines.load_pipeline`) the network alone is, with a note of where the others lie.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from resonate_lib import samplers, training
-from resonate_lib.diffusion import Diffusion
+from resonate_lib.diffusion import AngularDiffusion, Diffusion
 from resonate_lib.models import lora, storage
 from resonate_lib.models.bigvgan import without_weight_norm
 from resonate_lib.models.codec import MELS, MelCodec, VaeCodec
@@ -125,7 +125,8 @@ class Generator:
         if diffusion != self.diffusion:
             mine, other = (process or "a flow" for process in (self.diffusion, diffusion))
             raise ValueError(f"{folder}: its network is of {other}, this one of {mine}; name a tuning of the same base")
-        network = _load_network(config, storage.read(weights), weights, self.text, self.codec).to(self.device)
+        network = load_strict(copy.deepcopy(self.network), storage.read(weights), str(weights)).eval()
+        network.adapter = None
         other = Generator(self.text, network, self.codec, config, self.parts, diffusion)
         other._known = self._known
         return other
@@ -235,6 +236,10 @@ class Generator:
             raise FileNotFoundError(f"{source}: there is no such directory; name one that holds the codec and the text encoder")
         config = json.loads(_present(folder, "generator.json").read_text())
         weights, diffusion = _present(folder, "network.safetensors"), _process(config)
+        if "pipeline" in config["network"]:
+            from resonate_lib.models.pipelines import load_saved  # diffusers takes seconds to import
+
+            return load_saved(config, weights, source, device)
         if "parts" in config:
             mode, seconds = config["codec"]["mode"], config["codec"]["seconds"]
             parts = _locate_around(mode, source, vae, vocoder, text, config["parts"])
@@ -256,7 +261,8 @@ def codec_mode(sample_rate: int) -> str:
 
 def _process(facts: dict) -> Diffusion | None:
     """What generator.json says of the process: None for a flow."""
-    return Diffusion(**facts["diffusion"]) if facts.get("diffusion") else None
+    found = facts.get("diffusion")
+    return (AngularDiffusion if "sigma_max" in found else Diffusion)(**found) if found else None
 
 
 def _present(folder: Path, name: str) -> Path:

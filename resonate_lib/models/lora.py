@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from resonate_lib.models.flux_audio import Condition, FluxAudio, ProjectedText
 from resonate_lib.models.layers import ChannelLastConv
 
-TARGETS = ("attn.qkv", "linear1", "text_input_proj.0", "text_cond_proj.0")  # ends of module names
+TARGETS = ("attn.qkv", "linear1", "text_input_proj.0", "text_cond_proj.0")  # ends of module names; others have `lora_targets`
 TRAINED = "trained"  # the adapter that learns; it is the active one whenever nothing else is being computed
 
 
@@ -155,18 +155,20 @@ def _config(form: Form) -> LoraConfig:
 
 
 def attach(
-    network: FluxAudio, rank: int = 32, alpha: float = 64.0, targets: tuple[str, ...] = TARGETS, *, seed: int = 0
+    network: FluxAudio, rank: int = 32, alpha: float = 64.0, targets: tuple[str, ...] = (), *, seed: int = 0
 ) -> Adapted:
-    """Freeze the network and put adapters on its layers whose names end in `targets`; returns the one that learns.
+    """Freeze the network and put adapters on its layers whose names end in `targets`; returns the one that learns. By default
+    on the network's own `lora_targets`, else on TARGETS.
 
     B starts at zero, so nothing changes yet; A is drawn from the seed alone. Linear maps and convolutions can be adapted,
     norms and stored statistics cannot. ValueError when a target names no layer.
     """
-    names = [name for name, _ in network.named_modules()]
+    names, usual = [name for name, _ in network.named_modules()], getattr(network, "lora_targets", TARGETS)
+    targets = targets or usual
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ValueError(f"LoRA target {target!r} names no layer of this network; allowed are ends of layer names, such as "
-                             + ", ".join(TARGETS))  # fmt: skip
+                             + ", ".join(usual))  # fmt: skip
     form = Form(rank, alpha, tuple(targets))
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]):

@@ -26,6 +26,9 @@ from resonate_lib.models.layers import gated_width
 
 TIMEOUT = 10  # seconds that a server may take to answer
 FOLDER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a hub repository that is used as a folder
+PIPELINE_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/model.safetensors",
+                  "*/diffusion_pytorch_model.safetensors", "*/*-of-*.safetensors")  # of a diffusers pipeline, without half copies
+PIPELINES = {"AudioLDMPipeline": "audioldm", "AudioLDM2Pipeline": "audioldm2", "StableAudioPipeline": "stable_audio"}  # class: part
 TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
 NESTS = ("generator", "state_dict", "model", "weights")  # keys under which real files hold their tensors
 STRAY = ("t_embed.freqs", "latent_rot", "text_rot", "_latent_rot_buffer", "_text_rot_buffer")
@@ -38,7 +41,7 @@ WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 @dataclass(frozen=True)
 class Part:
     """A published model. file: in the hub repository, empty where the whole repository is the model; beside: read with it;
-    weightless: of the repository only configuration and tokenizer are."""
+    weightless: of the repository only configuration and tokenizer are; pipeline: of diffusers, a folder of model folders."""
 
     name: str
     what: str
@@ -48,11 +51,18 @@ class Part:
     licence: str
     beside: tuple[str, ...] = ()
     weightless: bool = False
+    pipeline: bool = False
+
+    @property
+    def index(self) -> str:
+        """The file by which its folder is known."""
+        return "model_index.json" if self.pipeline else "config.json"
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """Of the files in its folder that are read."""
-        return tuple(pattern for pattern in FOLDER_FILES if not (self.weightless and pattern == "*.safetensors"))
+        files = PIPELINE_FILES if self.pipeline else FOLDER_FILES
+        return tuple(pattern for pattern in files if not (self.weightless and pattern == "*.safetensors"))
 
     @property
     def url(self) -> str:
@@ -71,8 +81,8 @@ class Part:
         return f"{self.folder}/{name}" if name == "model.safetensors" else name or self.folder
 
 
-# File names of vocoders, the CLAPs and aesthetics, sizes, and the licences of MMAudio's and Qwen3's weights are from general
-# knowledge: any of them is replaced by naming a file, or `owner/repository/file`.
+# File names of vocoders, the CLAPs and aesthetics, sizes, the licences of MMAudio's and Qwen3's weights, and all about the
+# pipelines are from general knowledge: any of them is replaced by naming a file, or `owner/repository/file`.
 PARTS = {part.name: part for part in (
     Part("generator_pt", "pre-trained generator", "AndreasXi/Resonate", "Resonate_PT.pth", 1.9, "MIT"),
     Part("generator_grpo", "final generator (GRPO)", "AndreasXi/Resonate", "Resonate_GRPO.pth", 1.9, "MIT"),
@@ -92,6 +102,10 @@ PARTS = {part.name: part for part in (
          ("config.json",)),
     Part("msclap", "MS-CLAP 2023 (evaluation)", "microsoft/msclap", "CLAP_weights_2023.pth", 0.7, "MIT"),
     Part("gpt2", "tokenizer of MS-CLAP", "openai-community/gpt2", "", 0.01, "MIT", weightless=True),
+    Part("audioldm", "AudioLDM (diffusion, 16 kHz)", "cvssp/audioldm-s-full-v2", "", 1.7, "CC-BY-NC-SA-4.0", pipeline=True),
+    Part("audioldm2", "AudioLDM 2 (diffusion, 16 kHz)", "cvssp/audioldm2", "", 4.5, "CC-BY-NC-SA-4.0", pipeline=True),
+    Part("stable_audio", "Stable Audio Open (diffusion, 44.1 kHz)", "stabilityai/stable-audio-open-1.0", "", 5.3,
+         "Stability AI Community License", pipeline=True),
 )}  # fmt: skip
 
 
@@ -113,8 +127,10 @@ class Located:
 
     @property
     def sha256(self) -> dict[str, str]:
-        """{file name: hex sha256}, computed when first asked for and once a process as long as a file does not change."""
-        return {path.name: sha256(path) for path in self.files}
+        """{file name, below the part's folder: hex sha256}, computed when first asked for and once a process as long as a file
+        does not change."""
+        top = self.path.parent if self.part.file else self.path
+        return {path.relative_to(top).as_posix(): sha256(path) for path in self.files}
 
 
 def locate(part: str, source: str | Path | None = None, *, beside: str | Path | None = None, download: bool = True) -> Located:
@@ -136,7 +152,7 @@ def locate(part: str, source: str | Path | None = None, *, beside: str | Path | 
         with contextlib.suppress(FileNotFoundError):
             return _in_place(part, path.resolve() if path.is_dir() else path.resolve().parent)
     hub, file = _hub_id(part, str(source)) if named else (part.hub, part.file)
-    found = _cached(hub, file, part.weightless)
+    found = _cached(part, hub, file)
     reason = "is not in the hub's local cache"
     if found is None and named and offline():
         reason += " and HF_HUB_OFFLINE is set"
@@ -157,7 +173,7 @@ def _in_place(part: Part, path: Path) -> Located:
     """The part at a path that exists: a file is taken as it is named, a directory is searched."""
     if path.is_file():
         if not part.file:
-            raise FileNotFoundError(f"{path} is a file: {part.what} is a folder with config.json, weights and tokenizer; name that")
+            raise FileNotFoundError(f"{path} is a file: {part.what} is a folder with {part.index}, weights and tokenizer; name it")
         return Located(part, path, str(path.parent))
     places = [path / part.folder, path]
     if part.file:
@@ -165,17 +181,20 @@ def _in_place(part: Part, path: Path) -> Located:
         found = [place / name for place in places for name in names if (place / name).is_file()]
         lack = part.file
     else:
-        found = [place for place in places if not lacking(place, part.weightless)]
-        lack = lacking(next((place for place in places if (place / "config.json").is_file()), places[0]), part.weightless)
+        found = [place for place in places if not lacking(place, part)]
+        lack = lacking(next((place for place in places if (place / part.index).is_file()), places[0]), part)
     if not found:
         raise FileNotFoundError(f"{part.what} is not in {path}: {lack} is missing; get it from {part.url} ({part.gigabytes:g} GB, "
                                 f"{part.licence}) and put it at {path / part.place}")
     return Located(part, found[0], str(path))
 
 
-def lacking(folder: Path, weightless: bool = False) -> str:
-    """The first thing a transformers model folder lacks to be loaded, in words; empty where it is whole. weightless: for its
-    tokenizer alone."""
+def lacking(folder: Path, part: Part | None = None) -> str:
+    """The first thing a folder lacks to be loaded as `part`, by default as a transformers model, in words; empty where it is
+    whole."""
+    weightless = part is not None and part.weightless
+    if part is not None and part.pipeline:
+        return _lacking_in_pipeline(folder)
     if not (folder / "config.json").is_file():
         return "config.json"
     for index in () if weightless else folder.glob("*.index.json"):
@@ -186,6 +205,29 @@ def lacking(folder: Path, weightless: bool = False) -> str:
     if not weightless and not any(folder.glob("*.safetensors")) and not (folder / "pytorch_model.bin").is_file():
         return "model.safetensors (or pytorch_model.bin)"
     return "" if any((folder / name).is_file() for name in TOKENIZERS) else f"a tokenizer ({' or '.join(TOKENIZERS)})"
+
+
+def _lacking_in_pipeline(folder: Path) -> str:
+    """As `lacking`, of a pipeline: its index, and what each of the models that are listed there needs."""
+    if not (folder / "model_index.json").is_file():
+        return "model_index.json"
+    for name, entry in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
+        kind = entry[-1] if isinstance(entry, list) and not name.startswith("_") else None
+        if not kind or "Extractor" in kind:  # that of AudioLDM 2 ranks finished clips, which is not done here
+            continue
+        needed = [TOKENIZERS] if "Tokenizer" in kind else [("config.json",), ("*.safetensors",)]
+        for names in [("scheduler_config.json",)] if "Scheduler" in kind else needed:
+            if not any(any((folder / name).glob(file)) for file in names):
+                return f"{name}/{' or '.join(names)}{' (no other format is read)' if '*' in names[0] else ''}"
+    return ""
+
+
+def pipeline_part(source: str | Path) -> str:
+    """The key in PARTS of a pipeline: by the class that a folder's model_index.json names, by its hub id, else that of AudioLDM."""
+    index = Path(source).expanduser() / "model_index.json"
+    if index.is_file():
+        return PIPELINES.get(str(json.loads(index.read_text(encoding="utf-8")).get("_class_name")), "audioldm")
+    return next((part.name for part in PARTS.values() if part.pipeline and part.hub == str(source)), "audioldm")
 
 
 def _hub_id(part: Part, source: str) -> tuple[str, str]:
@@ -200,14 +242,14 @@ def _hub_id(part: Part, source: str) -> tuple[str, str]:
     return match[1], match[2] or part.file
 
 
-def _cached(hub: str, file: str, weightless: bool = False) -> Path | None:
+def _cached(part: Part, hub: str, file: str) -> Path | None:
     """The file, or for an empty `file` the whole folder, in huggingface_hub's local cache. Asks nobody."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub, file or "config.json")
+    found = try_to_load_from_cache(hub, file or part.index)
     if not isinstance(found, str):
         return None
-    return Path(found) if file else (Path(found).parent if not lacking(Path(found).parent, weightless) else None)
+    return Path(found) if file else (Path(found).parent if not lacking(Path(found).parent, part) else None)
 
 
 def beside(source: str, directory: str | Path) -> str:
@@ -253,11 +295,11 @@ def _download(part: Part, hub: str, file: str) -> tuple[Path | None, str]:
     import huggingface_hub
 
     try:
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub, file or "config.json"), timeout=TIMEOUT)
-        print(f"downloading {part.what} from {hub}: about {part.gigabytes:g} GB, {part.licence}", flush=True)
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub, file or part.index), timeout=TIMEOUT)
+        print(f"downloading {part.what} from {hub}: about {_terms(part, hub)}", flush=True)
         if not file:
             path = Path(huggingface_hub.snapshot_download(hub, allow_patterns=list(part.patterns), etag_timeout=TIMEOUT))
-            lack = lacking(path, part.weightless)
+            lack = lacking(path, part)
             return (None, f"came without {lack}") if lack else (path, "")
         for name in part.beside:
             huggingface_hub.hf_hub_download(hub, name, etag_timeout=TIMEOUT)
@@ -270,8 +312,13 @@ def _absent(part: Part, hub: str, file: str, reason: str, named: bool) -> str:
     what = f"{file} of {hub}" if file else hub
     ask = "" if named else f", or name the hub id {part.hub!r} as its source to have it downloaded"
     url = part.url if (hub, file) == (part.hub, part.file) else f"https://huggingface.co/{hub}"
-    return (f"{part.what}: {what} {reason}; get it from {url} ({part.gigabytes:g} GB, {part.licence}), put it into a directory as "
+    return (f"{part.what}: {what} {reason}; get it from {url} ({_terms(part, hub)}), put it into a directory as "
             f"{part.place} and name that directory{ask}")
+
+
+def _terms(part: Part, hub: str) -> str:
+    """Size and licence. Another repository holds a copy, but of a pipeline another model."""
+    return "unknown size and licence" if part.pipeline and hub != part.hub else f"{part.gigabytes:g} GB, {part.licence}"
 
 
 def sha256(path: Path) -> str:
