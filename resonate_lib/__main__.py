@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     form = results.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="tables for a README or an issue")
     form.add_argument("--latex", action="store_true", help="tables for a paper (package booktabs)")
-    listen = commands.add_parser("listen", help="open a version's listen.html; with answers: how often who was preferred")
+    listen = commands.add_parser("listen", help="open a version's listening pages; with answers: how often who was preferred")
     listen.add_argument("version", nargs="?", default="latest")
     doctor = commands.add_parser("doctor", help="what this machine can run, and how to mend what it cannot")
     doctor.add_argument("--weights", metavar="DIR", help="a directory to look for published weights in (default: the profile's)")
@@ -200,20 +200,22 @@ def _plain(table) -> str:
 
 
 def listen_command(options: argparse.Namespace) -> int:
-    """Print the page's path, open it where there is a browser, and print the preference rate of the answers there are."""
+    """Print the pages' paths, open them where there is a browser, and print the preference rate of the answers there are."""
     from resonate_lib import versions
 
     folder = versions.find(options.version)
-    pages = [folder / "listen.html", *sorted(folder.glob("seed*/listen.html"))]
-    page = next((path for path in pages if path.is_file()), None)
-    if page is None:
+    places = [folder, *sorted(folder.glob("seed*"))]
+    found = [next((place / name for place in places if (place / name).is_file()), None) for name in versions.PAGES]
+    pages = [page for page in found if page]
+    if not pages:
         raise ValueError(f"{folder.name} has no listen.html: notebook 07 makes it (run --only 07 --from {folder.name})")
-    print(page)
-    if sys.stdout.isatty():
-        import webbrowser
+    for page in pages:
+        print(page)
+        if sys.stdout.isatty():
+            import webbrowser
 
-        webbrowser.open(page.as_uri())
-    folders = [place for place in (folder, *sorted(folder.glob("seed*"))) if any(place.glob("answers/*.jsonl"))]
+            webbrowser.open(page.as_uri())
+    folders = [place for place in places if any(place.glob("answers/*.jsonl"))]
     if folders:
         from resonate_lib import listen
 

@@ -34,10 +34,14 @@ from resonate_lib import plots
 from resonate_lib.evaluation import stats
 
 BASE = "base"
-QUESTION = "Which clip matches the text better?"
+PREFERENCE = "preference"
+QUESTIONS = {  # what a blind test asks, by the name that its answers carry
+    PREFERENCE: "Which clip matches the text better?",
+    "consistency": "Which clip agrees better with the text (semantic consistency)? How clean it sounds does not count.",
+}
 MUTE = (
     "No sound, or no player? The notebook is not trusted yet: run <code>jupyter trust</code> on this file and open it "
-    "again, or open <code>listen.html</code> in the run's folder."
+    "again, or open <code>listen.html</code> (notebook 08: <code>listen_ppo.html</code>) in the run's folder."
 )
 TEMPLATE = Path(__file__).with_name("listen.html")
 PICTURE = (96, 32)  # rows of the spectrogram picture, shades: small enough to embed hundreds
@@ -148,13 +152,15 @@ def listen_page(
     note: str = "",
     base: str = BASE,
     seed: int = 0,
+    question: str = PREFERENCE,
 ) -> Path:
     """Write one self-contained page: a section per prompt, a player per system, and a blind test without a server.
 
     items: see the module's text. The blind test holds every other system against `base`, in an order drawn from
-    `seed`; it is hidden when no item has both. The same input gives the same bytes. Raises ValueError for no items or
-    a broken item.
+    `seed`, and asks the `question` of that name in QUESTIONS; it is hidden when no item has both. The same input gives the
+    same bytes. Raises ValueError for no items, a broken item or another question.
     """
+    asked = _asked(question)
     if not items:
         raise ValueError("no items to listen to: pass at least one dict with prompt and clips")
     sections = []
@@ -167,7 +173,8 @@ def listen_page(
         )
     body = "\n".join(sections)
     data = {
-        "page": hashlib.sha256(body.encode()).hexdigest()[:12],
+        "page": hashlib.sha256(f"{question}\n{body}".encode()).hexdigest()[:12],
+        "question": question,
         "base": base,
         "items": [list(item["clips"]) for item in items],
         "trials": make_trials(items, seed, base=base),
@@ -175,7 +182,7 @@ def listen_page(
     fields = {
         "TITLE": html.escape(title),
         "NOTE": f"<p>{html.escape(note)}</p>" if note else "",
-        "QUESTION": html.escape(QUESTION),
+        "QUESTION": html.escape(asked),
         "BASE": html.escape(base),
         "ITEMS": body,
         # inside <script> only "<" can end the element or start a comment
@@ -187,6 +194,12 @@ def listen_page(
 
 
 # ---- blind test -------------------------------------------------------------------------------------------------
+
+
+def _asked(question: str) -> str:
+    if question not in QUESTIONS:
+        raise ValueError(f"question={question!r}: allowed are {', '.join(map(repr, QUESTIONS))}")
+    return QUESTIONS[question]
 
 
 def make_trials(items: Sequence[Mapping], seed: int, *, base: str = BASE) -> list[dict]:
@@ -210,17 +223,20 @@ class BlindTest:
     """The blind test in a notebook, all clips equally loud (BS.1770): `.widget` to show.
 
     Every answer is appended to `<folder>/<listener>.jsonl` at once. items, sample_rate: as in `listen_page`; trials: from
-    `make_trials`. A listener who comes back goes on at the first trial without an answer in that file, so use one folder
-    per run version.
+    `make_trials`; question: a name in QUESTIONS, which the answers carry. A listener who comes back goes on at the first trial
+    without an answer to this question in that file, so use one folder per run version.
     """
 
     def __init__(
-        self, items: Sequence[Mapping], trials: Sequence[dict], folder, *, sample_rate: int, listener: str = "listener"
-    ):
+        self, items: Sequence[Mapping], trials: Sequence[dict], folder, *, sample_rate: int, listener: str = "listener",
+        question: str = PREFERENCE,
+    ):  # fmt: skip
         self.items, self.trials, self.sample_rate = items, list(trials), sample_rate
+        self.question, self.asked = question, _asked(question)
         self.listener = listener
         self.path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_-]', '_', listener) or 'listener'}.jsonl"
-        answered = {answer["trial"] for answer in _read_answers(self.path)} if self.path.exists() else set()
+        before = _read_answers(self.path) if self.path.exists() else []
+        answered = {answer["trial"] for answer in before if answer.get("question", PREFERENCE) == question}
         self.open = [trial for trial in self.trials if trial["trial"] not in answered]
         self._text, self._players = ipywidgets.HTML(), ipywidgets.HTML()
         choices = (("A", "A"), ("B", "B"), ("tie", "No difference"))
@@ -242,7 +258,7 @@ class BlindTest:
         trial = self.open[0]
         preferred = {"A": trial["a"], "B": trial["b"], "tie": "tie"}[choice]
         answer = {key: trial[key] for key in ("trial", "id", "prompt", "a", "b")}
-        answer |= {"choice": choice, "preferred": preferred, "listener": self.listener}
+        answer |= {"choice": choice, "preferred": preferred, "question": self.question, "listener": self.listener}
         append_answer(self.path, answer | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
         self.open.pop(0)
         self._show()
@@ -261,7 +277,7 @@ class BlindTest:
         gain = audio_io.common_gain([_array(clip) * factors[label] for label, clip in clips.items()])
         number = len(self.trials) - len(self.open) + 1
         self._text.value = (
-            f"Trial {number} of {len(self.trials)}: <b>{html.escape(trial['prompt'])}</b><br>{html.escape(QUESTION)}"
+            f"Trial {number} of {len(self.trials)}: <b>{html.escape(trial['prompt'])}</b><br>{html.escape(self.asked)}"
         )
         self._players.value = "".join(
             f'<p>{name} <audio controls aria-label="Clip {name}" src="{_sound(clip, self.sample_rate, gain)}"></audio>'
@@ -309,21 +325,24 @@ def _read_answers(path: Path) -> list[dict]:
 
 
 def preference_rate(answers: Sequence[Mapping], *, base: str = BASE) -> pd.DataFrame:
-    """How often each system was preferred over `base`: system, wins, losses, ties, listeners, rate, low, high.
+    """How often each system was preferred over `base`: question, system, wins, losses, ties, listeners, rate, low, high.
 
     rate = wins / (wins + losses) with Wilson's 95 % interval; ties are counted apart; nan where nobody preferred
-    either.
+    either. One line for each question and system; answers without a question are to "preference". The interval takes
+    answers as independent: where listeners differ in what they prefer, few of them say less than their answers count.
     """
     lines = {}
     for answer in answers:
         if base not in (answer["a"], answer["b"]):
             continue
         system = answer["b"] if answer["a"] == base else answer["a"]
-        line = lines.setdefault(system, {"wins": 0, "losses": 0, "ties": 0, "names": set()})
+        key = (answer.get("question", PREFERENCE), system)
+        line = lines.setdefault(key, {"wins": 0, "losses": 0, "ties": 0, "names": set()})
         line[{system: "wins", base: "losses"}.get(answer["preferred"], "ties")] += 1
         line["names"].add(answer.get("listener", ""))
     rows = []
-    for system, line in lines.items():
+    for key, line in lines.items():
         rate = stats.wilson(line["wins"], line["wins"] + line["losses"])
-        rows.append((system, line["wins"], line["losses"], line["ties"], len(line["names"]), *rate))
-    return pd.DataFrame(rows, columns=["system", "wins", "losses", "ties", "listeners", "rate", "low", "high"])
+        rows.append((*key, line["wins"], line["losses"], line["ties"], len(line["names"]), *rate))
+    columns = ["question", "system", "wins", "losses", "ties", "listeners", "rate", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)

@@ -23,6 +23,7 @@ NAME = re.compile(r"(\d{4,})-(.+)-([0-9a-f]{8})$")
 OPEN = ("RUNNING", "FAILED", "INTERRUPTED")  # what --resume may continue
 NO_MEAN = re.compile(r"(.+_)?(low|high|p|p_holm)|seeds")  # of ends and of p values a mean is neither; counts of seeds
 IDENTIFIERS = ("seed", "noise_seed", "guidance")  # stay where all seeds agree
+PAGES = ("listen.html", "listen_ppo.html")  # to listen to, of notebooks 07 and 08
 UNHASHED = ("run.json", "answers", ".state", ".reserve")  # the record itself, listeners' answers, working files
 
 

@@ -472,8 +472,8 @@ def test_listen_prints_the_preference_rate(folder, capsys):
         (version / f"seed{seed}" / "answers" / "x.jsonl").write_text(json.dumps(answer) + "\n")
     assert cli.main(["listen", "1"]) == 0
     heads, values = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
-    assert heads == ["system", "wins", "losses", "ties", "listeners", "rate", "low", "high"]
-    assert values[:6] == ["DPO", "1", "1", "0", "1", "0.5"]
+    assert heads == ["question", "system", "wins", "losses", "ties", "listeners", "rate", "low", "high"]
+    assert values[:7] == ["preference", "DPO", "1", "1", "0", "1", "0.5"]
 
 
 def test_the_kernel_sees_from_and_from_scratch(folder):

@@ -1,6 +1,7 @@
 """Players, the page and the blind test: what is embedded, what is escaped, what is written, and the rate it gives."""
 
 import base64
+import html
 import html.parser
 import io
 import json
@@ -42,7 +43,7 @@ class Elements(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.found, self.open, self.text = [], [], ""
+        self.found, self.open, self.text, self.scripts = [], [], "", []
         self.feed(text)
         assert not self.open
 
@@ -56,6 +57,8 @@ class Elements(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
 
     def of(self, tag):
         return [attributes for name, attributes in self.found if name == tag]
@@ -114,6 +117,21 @@ def test_the_page_carries_the_trials(items, tmp_path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
     assert data["trials"] == listen.make_trials(items, 3) and data["items"][1] == ["base", "GRPO"]
     assert data["trials"][[t["item"] for t in data["trials"]].index(0)]["prompt"] == EVIL
+    assert data["question"] == "preference" and listen.QUESTIONS["preference"] in text
+
+
+def test_the_page_asks_the_question_it_is_given(items, tmp_path, monkeypatch):
+    path = listen.listen_page(tmp_path / "a.html", items, "t", sample_rate=RATE, question="consistency")
+    page, data = path.read_text(encoding="utf-8"), json.loads(Elements(path.read_text(encoding="utf-8")).scripts[0])
+    assert data["question"] == "consistency" and f"<p>{listen.QUESTIONS['consistency']}</p>" in page
+    other = listen.listen_page(tmp_path / "b.html", items, "t", sample_rate=RATE).read_text(encoding="utf-8")
+    assert json.loads(Elements(other).scripts[0])["page"] != data["page"]  # a browser keeps the answers of each apart
+    monkeypatch.setitem(listen.QUESTIONS, "odd", "Is a < b & c?")
+    listen.listen_page(tmp_path / "c.html", items, "t", sample_rate=RATE, question="odd")
+    assert "<p>Is a &lt; b &amp; c?</p>" in (tmp_path / "c.html").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"question='consistancy': allowed are 'preference', 'consistency'"):
+        listen.listen_page(tmp_path / "d.html", items, "t", sample_rate=RATE, question="consistancy")
+    assert not (tmp_path / "d.html").exists()
 
 
 def test_bad_items(tmp_path, items):
@@ -160,6 +178,25 @@ def test_blind_test_appends_hides_the_names_and_goes_on(items, tmp_path):
     answers = listen.load_answers(tmp_path)
     assert [a["preferred"] for a in answers] == [trials[0]["a"], "tie", trials[2]["b"]]
     assert {"id", "prompt", "listener", "choice", "time"} <= set(answers[0])
+    assert {answer["question"] for answer in answers} == {"preference"}
+
+
+def test_two_questions_share_a_file_and_not_their_answers(items, tmp_path):
+    trials = listen.make_trials(items, 0)
+    (tmp_path / "listener.jsonl").write_text(json.dumps({"trial": 1, "a": "base", "b": "DPO", "preferred": "DPO"}) + "\n")
+    first = listen.BlindTest(items, trials, tmp_path, sample_rate=RATE)
+    assert [trial["trial"] for trial in first.open] == [0, 2]  # an answer of before there were questions is to the first
+    first.choose("A")
+    second = listen.BlindTest(items, trials, tmp_path, sample_rate=RATE, question="consistency")
+    assert [trial["trial"] for trial in second.open] == [0, 1, 2]
+    assert html.escape(listen.QUESTIONS["consistency"]) in second._text.value
+    second.choose("B")
+    answers = listen.load_answers(tmp_path)
+    assert [answer.get("question") for answer in answers] == [None, "preference", "consistency"]
+    table = listen.preference_rate(answers)
+    assert set(table["question"]) == {"preference", "consistency"} and table[["wins", "losses", "ties"]].to_numpy().sum() == 3
+    with pytest.raises(ValueError, match="allowed are 'preference', 'consistency'"):
+        listen.BlindTest(items, trials, tmp_path, sample_rate=RATE, question="better")
 
 
 def test_blind_clips_are_equally_loud(tmp_path, monkeypatch):
@@ -186,6 +223,8 @@ def test_preference_rate_by_hand(tmp_path):
     assert table.loc["GRPO", ["rate", "low", "high"]].tolist() == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)
     assert np.isnan(table.loc["DPO", "rate"]) and table.loc["DPO", "ties"] == 1
     assert listen.preference_rate([]).empty
+    both = listen.preference_rate([*answers, answers[0] | {"question": "consistency"}]).set_index(["question", "system"])
+    assert both.loc[("preference", "GRPO"), "wins"] == 8 and both.loc[("consistency", "GRPO"), "wins"] == 1
     (tmp_path / "bad.jsonl").write_text('{"trial": 1}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: not an answer"):
         listen.load_answers(tmp_path)

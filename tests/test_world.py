@@ -607,3 +607,39 @@ def test_an_error_in_one_training_is_raised_while_the_other_runs():
     with pytest.raises(KeyError, match="nothing"):
         instruments._follow({"judge": running, "nothing": failed}, {})
     assert not running.done()
+
+
+# --- what the world has of a prompt -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "strange"),
+    [
+        ("Water flowing, wind blowing, a dog whimpers.", ["dog"], ["water", "flowing", "wind", "blowing", "whimpers"]),
+        ("A man snoring.", [], ["man", "snoring"]),
+        ("Boys are talking and a dog is barking.", ["dog"], ["boys", "talking"]),
+        ("Water running followed by wind.", [], ["water", "wind"]),
+        ("A lion roaring followed by a synthesized whoosh then birds chirpings.", ["bird"],
+         ["lion", "roaring", "synthesized", "whoosh"]),
+        ("A man talking before shouting then whistling followed by rustling", ["whistle"],
+         ["man", "talking", "shouting", "rustling"]),
+        ("THREE dogs bark twice, then it is raining!", ["dog", "rain"], []),
+        ("a person falls", [], []),
+        ("", [], []),
+    ],
+)  # fmt: skip
+def test_which_words_of_a_prompt_the_world_has(text, known, strange):
+    found = prompts.vocabulary(text)
+    assert (list(found.events), list(found.strange)) == (known, strange)
+    assert bool(found.note) == (bool(strange) or not known)
+    assert all(word in found.note for word in (*known, *strange) if found.note)
+
+
+def test_the_papers_prompts_are_outside_the_world_and_its_own_are_not():
+    paper = prompts.clap_ppo_prompts()
+    assert len(paper) == len({record["id"] for record in paper}) == 6
+    assert all(prompts.vocabulary(record["prompt_text"]).note for record in paper)
+    for part in ("accuracy", "generalization"):
+        for record in prompts.embedded_bench(part, count=200):
+            found = prompts.vocabulary(record["prompt_text"])
+            assert not found.note and {name for name, _ in record["groups"]} == set(found.events), record["prompt_text"]

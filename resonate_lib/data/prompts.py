@@ -5,11 +5,13 @@ import random
 import re
 import warnings
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from resonate_lib.data import audio_folder, scenes
+from resonate_lib.data import audio_folder, events, scenes
 
 TTA_BENCH_FILES = {
     "accuracy": "acc_prompt.json", "generalization": "generalization_prompt.json", "robustness": "robustness_prompt.json",
@@ -53,6 +55,55 @@ NEW_PATTERNS = {  # wordings that no training caption has
     "while": ["{0} together with {1}", "{1}, and all the while {0}"],
     "followed by": ["First {0}, afterwards {1}", "{0}; once that is over, {1}"],
     "three": ["First {0}, afterwards {1}, finally {2}", "{0}; next {1}; last {2}"]}
+
+CLAP_PPO_PROMPTS = (  # of the table of original and fine-tuned sound in "CLAP-Reward Guided Diffusion Fine-Tuning"
+    "Water flowing, wind blowing, a dog whimpers.", "A man snoring.", "Boys are talking and a dog is barking.",
+    "Water running followed by wind.", "A lion roaring followed by a synthesized whoosh then birds chirpings.",
+    "A man talking before shouting then whistling followed by rustling")  # fmt: skip
+JOINING = {  # words that join, order or count what is heard, and name no sound
+    "a", "after", "afterwards", "again", "all", "an", "and", "are", "as", "at", "background", "before", "being", "by", "during",
+    "each", "finally", "first", "followed", "following", "for", "from", "in", "is", "it", "its", "last", "later", "next", "of",
+    "off", "on", "once", "one", "or", "over", "same", "some", "that", "the", "their", "then", "they", "three", "time", "times",
+    "to", "together", "twice", "two", "was", "were", "when", "while", "with",
+}  # fmt: skip
+
+
+class Vocabulary(NamedTuple):
+    """What the embedded world has of a prompt: the events named in it, and the words for things that it has not."""
+
+    events: tuple[str, ...]
+    strange: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        """A sentence for a prompt that names anything else than the world's events; "" for one that does not."""
+        if self.events and not self.strange:
+            return ""
+        known = f"of this prompt it knows {', '.join(self.events)}" if self.events else "it knows nothing of this prompt"
+        return f"Outside the model's vocabulary: {', '.join(self.strange) or 'all of it'}; {known}"
+
+
+def vocabulary(text: str) -> Vocabulary:
+    """Which events of the embedded world a prompt names, and which of its words, in their order, the world has not.
+
+    A word is known where any of the world's captions may have it, in the plural too. Known words need not name an event ("a
+    person falls"): `events` is empty then.
+    """
+    known = JOINING | _world_words()
+    words = dict.fromkeys(re.findall("[a-z]+", text.lower()))
+    strange = [word for word in words if word not in known and word.removesuffix("s") not in known]
+    return Vocabulary(tuple(events.mentioned(text)), tuple(strange))
+
+
+@cache
+def _world_words() -> frozenset[str]:
+    said = [" ".join((name, *e.clauses, *e.gerunds, *(e.countable or ()))) for name, e in events.EVENTS.items()]
+    return frozenset(re.findall("[a-z]+", " ".join(said).lower()))
+
+
+def clap_ppo_prompts() -> list[dict]:
+    """The six prompts of the CLAP-reward paper's table as records: id, prompt_text, part."""
+    return [{"id": f"clap_ppo_{i}", "prompt_text": text, "part": "paper"} for i, text in enumerate(CLAP_PPO_PROMPTS, 1)]
 
 
 def load_tta_bench(directory, part: str) -> list[dict]:
