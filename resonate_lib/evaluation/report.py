@@ -7,7 +7,7 @@ Rows come from `ttabench.evaluate` and `ttabench.score_clips`; metrics and their
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -98,9 +98,15 @@ def corrected(found: dict) -> dict:
 
 
 def headline_table(
-    rows: pd.DataFrame, *, base: str = BASE, names: Sequence[str] = metrics.HEADLINE, n: int = 2000, seed: int = 0
+    rows: pd.DataFrame,
+    *,
+    base: str | Mapping[str, str] = BASE,
+    names: Sequence[str] = metrics.HEADLINE,
+    n: int = 2000,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """One line per setting and system: each metric with its 95 % interval, and the paired gain over `base`.
+    """One line per setting and system: each metric with its 95 % interval, and the paired gain over `base`, one for all systems or
+    system -> base.
 
     Columns: setting, system, guidance, prompts, clips, seeds, then for each metric m: m, m_low, m_high, and of the gain (nan for
     base itself and for originals) m_gain, m_gain_low, m_gain_high, m_p, m_p_holm (over all gains of the setting in this
@@ -110,9 +116,10 @@ def headline_table(
     lines = []
     for setting, peers in rows.groupby("setting", sort=False):
         systems = list(peers["system"].unique())
-        others = [system for system in systems if system != base and base in systems]
+        own = base if isinstance(base, Mapping) else {system: base for system in systems if system != base}
+        pairs = [(system, own[system]) for system in systems if own.get(system) in systems]
         claims = {
-            name: corrected({system: compared(peers, system, base, metric=name, n=n, seed=seed) for system in others})
+            name: corrected({system: compared(peers, system, its, metric=name, n=n, seed=seed) for system, its in pairs})
             for name in names
         }
         for system, group in peers.groupby("system", sort=False):

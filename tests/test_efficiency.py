@@ -1,0 +1,152 @@
+"""Equal numbers of clips, learning against clips and seconds, and where the reward is fooled: each by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_algorithms import RECORDS, ToyGenerator, toy_reward, weights
+
+from resonate_lib import dpo, training
+from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig
+from resonate_lib.evaluation import efficiency, report, stats
+
+
+# ---------------------------------------------------------------------------------------- equal numbers of clips
+@pytest.mark.parametrize(
+    ("config", "clips", "steps", "size"),
+    [
+        (GRPOConfig(prompts_per_step=16, group_size=12), 3840, 20, 16),
+        (NFTConfig(prompts_per_step=16, group_size=12), 3600, 20, 15),  # 300 groups: of 15 nearer than of 20
+        (PPOConfig(prompts_per_step=4, group_size=4), 16, 1, 4),
+        (NFTConfig(prompts_per_step=8, group_size=16), 16 * 11, 1, 11),
+        (DPOConfig(pairs=192, steps=80, batch_size=32), 3840, 80, 1920),  # 60 steps of 32 would see each of 1,920 pairs
+        (DPOConfig(pairs=192, steps=20, batch_size=32), 3840, 60, 1920),
+        (DPOConfig(pairs=96, steps=4000, fresh_every=2), 1920, 20, 96),  # ten rounds of 96 pairs, two steps each
+    ],
+)
+def test_as_many_clips_by_hand(config, clips, steps, size):
+    made = efficiency.at_clips(config, clips)
+    assert efficiency.clips_made(made) == clips and type(made) is type(config)
+    assert (made.steps, made.pairs if isinstance(config, DPOConfig) else made.prompts_per_step) == (steps, size)
+    assert getattr(made, "group_size", 0) == getattr(config, "group_size", 0) and made.reward == config.reward
+
+
+@pytest.mark.parametrize(
+    ("config", "clips"),
+    [(GRPOConfig(group_size=12), 3841), (GRPOConfig(prompts_per_step=16, group_size=12), 12 * 37), (DPOConfig(), 3841)],
+)
+def test_what_cannot_be_equal_is_an_error(config, clips):
+    with pytest.raises(ValueError, match=rf"{clips} clips cannot be made in equal rounds of .* use other steps"):
+        efficiency.at_clips(config, clips)
+
+
+# ---------------------------------------------------------------------------------------- clips and seconds
+def test_the_clock_counts_rounds_and_not_pauses(monkeypatch, tmp_path):
+    now = [100.0]
+    monkeypatch.setattr(efficiency, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = efficiency.Clock(tmp_path / "none.pt")
+    for i, passed in enumerate((5.0, 7.0)):
+        now[0] += passed
+        with clock.paused():
+            now[0] += 1000
+        clock(i, {})
+    assert clock.seconds(2) == [5.0, 12.0]
+    training.save_state(tmp_path / "state.pt", {}, [{"step": 0}, {"step": 1}], 2, 30.0)
+    resumed = efficiency.Clock(tmp_path / "state.pt")
+    now[0] += 4
+    resumed(2, {})
+    assert resumed.seconds(3) == [15.0, 30.0, 34.0]
+    assert efficiency.Clock(tmp_path / "state.pt").seconds(2) == [15.0, 30.0]  # all of it was done before
+
+
+def history_of(means, **more):
+    return [{"step": i, "reward_mean": mean, "reward_std": 0.5, **more} for i, mean in enumerate(means)]
+
+
+def test_a_curve_has_clips_seconds_gain_and_what_was_watched():
+    config = GRPOConfig(prompts_per_step=4, group_size=3, guidance_scales=(1.0,))
+    history = history_of([0.2, 0.45, 0.7], watch_exact=0.5, loss=1.0)
+    curve = efficiency.learning_curve(history, config, [2.0, 4.0, 6.5])
+    assert [row["clips"] for row in curve] == [12, 24, 36] and [row["seconds"] for row in curve] == [2.0, 4.0, 6.5]
+    assert [row["gain"] for row in curve] == pytest.approx([0, 0.5, 1.0])
+    assert curve[0].keys() == {"clips", "seconds", "gain", "watch_exact"}
+
+
+def test_a_curve_of_dpo_has_made_all_clips_before_it_learns():
+    start = {"reward_mean": 1.0, "reward_std": 0.5, "watch_exact": 0.1}
+    history = [{"step": 0}, {"step": 1, "reward_mean": 1.25, "watch_exact": 0.2}, {"step": 2, "reward_mean": 1.75}]
+    curve = efficiency.learning_curve(history, DPOConfig(pairs=10), [5.0, 6.0, 7.0], start=start)
+    assert [(row["clips"], row["seconds"]) for row in curve] == [(0, 0.0), (20, 6.0), (20, 7.0)]
+    assert [row["gain"] for row in curve] == pytest.approx([0, 0.5, 1.5]) and curve[1]["watch_exact"] == 0.2
+
+
+def test_reached_asks_for_whole_windows():
+    curve = [{"gain": gain, "clips": 10 * i} for i, gain in enumerate([0.0, 3.0, 0.5, 0.9, 1.3, 1.0])]
+    assert efficiency.reached(curve)["clips"] == 10
+    assert efficiency.reached(curve, smooth=2)["clips"] == 10  # (0 + 3) / 2
+    assert efficiency.reached(curve, smooth=3)["clips"] == 20  # (0 + 3 + 0.5) / 3; no window is shorter
+    assert efficiency.reached(curve, gain=2.0, smooth=2) is None and efficiency.reached(curve[:1], smooth=2) is None
+
+
+def test_a_probe_looks_without_touching_the_training():
+    config = DPOConfig(pairs=4, steps=5, batch_size=2, num_steps=2, learning_rate=1e-2, precision="float32")
+    plain, probed = ToyGenerator(), ToyGenerator()
+    before = dpo.train(plain, toy_reward, RECORDS, config, seed=3)
+    clock, heard = efficiency.Clock(), []
+
+    def watch(rollouts):
+        heard.append(len(rollouts.rewards))
+        return {"watch_exact": float(len(heard)), "alarm": "exact"}
+
+    probe = efficiency.Probe(probed, toy_reward, RECORDS[:2], config, clock, seed=1, looks=2, group_size=3, watch=watch)
+    after = dpo.train(probed, toy_reward, RECORDS, config, seed=3, callback=probe)
+    assert torch.equal(weights(plain.network), weights(probed.network))
+    looks = [row["step"] for row in after if "reward_mean" in row]
+    assert looks == [1, 3, 4] and heard == [6] * 4 and not any("alarm" in row for row in after)
+    assert probe.start["watch_exact"] == 1.0 and after[-1]["watch_exact"] == 4.0
+    assert all(row[key] == value for row, old in zip(after, before, strict=True) for key, value in old.items())
+    assert probe.start["reward_mean"] != after[1]["reward_mean"] != after[4]["reward_mean"] and len(clock.seconds(5)) == 5
+
+
+# ---------------------------------------------------------------------------------------- where the reward is fooled
+def rows_of(system, rewards, counts):
+    return pd.DataFrame(
+        {"setting": "guidance 1", "system": system, "seed": 0, "id": [f"p{i}" for i in range(len(rewards))], "sample": 0,
+         "noise_seed": range(len(rewards)), "prompt_text": [f"prompt {i}" for i in range(len(rewards))], "guidance": 1.0,
+         "reward": rewards, "exact": 0.0, "tp": [c[0] for c in counts], "fp": [c[1] for c in counts],
+         "fn": [c[2] for c in counts]}
+    )  # fmt: skip
+
+
+def test_changes_and_fooled_by_hand():
+    base = rows_of("base", [0.1, 0.2, 0.3, 0.4], [(1, 0, 1), (2, 0, 0), (2, 0, 0), (0, 0, 2)])
+    tuned = rows_of("PPO", [0.5, 0.5, 0.9, 0.3], [(2, 0, 0), (1, 0, 1), (1, 1, 1), (0, 0, 2)]).iloc[::-1]  # in another order
+    table = efficiency.changes(pd.concat([tuned, base]), "PPO", "base", ["reward", "event_f1"]).set_index("id")
+    assert table["reward"][["p0", "p1", "p2", "p3"]].tolist() == pytest.approx([0.4, 0.3, 0.6, -0.1])
+    assert table["event_f1"][["p0", "p1", "p2", "p3"]].tolist() == pytest.approx([1 / 3, -1 / 3, -0.5, 0.0])
+    assert table.loc["p2", ["reward_base", "reward_tuned", "event_f1_base", "event_f1_tuned"]].tolist() == [0.3, 0.9, 1.0, 0.5]
+    assert efficiency.fooled(table.reset_index(), "event_f1")["id"].tolist() == ["p2", "p1"]
+    found = efficiency.correlation(table.reset_index(), "event_f1", n=200)
+    x, y = table["reward"], table["event_f1"]
+    assert found["spearman"] == pytest.approx(x.corr(y, method="spearman")) and found["spearman_low"] <= found["spearman_high"]
+
+
+def test_every_system_is_compared_with_its_own_base():
+    rng = np.random.default_rng(0)
+    scores = {name: rng.random(30) for name in ("diffusion base", "PPO", "flow base", "GRPO", "NFT")}
+    rows = pd.concat([rows_of(name, values, [(1, 0, 0)] * 30) for name, values in scores.items()], ignore_index=True)
+    bases = {"PPO": "diffusion base", "GRPO": "flow base", "NFT": "flow base", "DPO": "flow base"}  # DPO is not here
+    table = efficiency.own_base_table(rows, bases, names=("reward",), n=500).set_index("system")
+    assert table["base"].to_dict() == {"diffusion base": "", "PPO": "diffusion base", "flow base": "", "GRPO": "flow base",
+                                       "NFT": "flow base"}  # fmt: skip
+    p_values = []
+    for system in ("PPO", "GRPO", "NFT"):
+        alone = stats.paired_bootstrap(scores[system], scores[bases[system]], [f"p{i}" for i in range(30)], n=500)
+        assert table.loc[system, ["reward_gain", "reward_gain_low", "reward_gain_high"]].tolist() == pytest.approx(list(alone))
+        p_values.append(table.loc[system, "reward_p"])
+    assert table.loc[["PPO", "GRPO", "NFT"], "reward_p_holm"].tolist() == pytest.approx(stats.holm(p_values).tolist())
+    assert table.loc[["diffusion base", "flow base"], "reward_gain"].isna().all()
+    one = report.headline_table(rows[rows["system"].isin(["flow base", "GRPO"])], base="flow base", names=("reward",), n=500)
+    assert one["reward_gain"].iloc[1] == pytest.approx(table.loc["GRPO", "reward_gain"])
