@@ -425,6 +425,7 @@ NOTEBOOK_CONFIGS: dict[str, tuple[type[Config], ...]] = {
     "05": (GRPOConfig, RewardConfig),
     "06": (EvalConfig,),
     "07": (ListenConfig,),
+    "08": (PPOConfig, DiffusionConfig),
 }
 
 

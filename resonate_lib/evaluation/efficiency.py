@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import torch
 
 from resonate_lib import online, training
 from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig
@@ -107,8 +108,9 @@ class Probe:
 
     def look(self) -> dict[str, float]:
         """`online.reward_metrics` and the watch's measures of the clips that the network makes now."""
-        rollouts = self.collect()
-        told = {} if self.watch is None else self.watch(rollouts)
+        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            rollouts = self.collect()
+            told = {} if self.watch is None else self.watch(rollouts)
         # an alarm compares rounds of one training from its start, which a resumed one no longer has
         return online.reward_metrics(rollouts) | {name: value for name, value in told.items() if name != "alarm"}
 
