@@ -169,7 +169,7 @@ def ddim_step(
         raise ValueError(f"eta={eta}: must be 0 (deterministic) or more")
     x, out, ab, ab_next = x.float(), model_output.float(), _column(alpha_bar, x), _column(alpha_bar_next, x)
     x0, eps = _data_and_noise(x, out, ab, prediction)
-    std = eta * torch.sqrt((1 - ab_next) / (1 - ab)) * torch.sqrt((1 - ab / ab_next).clamp(min=0))
+    std = eta * torch.sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next).clamp(min=0))
     mean = ab_next.sqrt() * x0 + (1 - ab_next - std**2).clamp(min=0).sqrt() * eps
     if not bool((std > 0).all()):
         return Transition(mean if x_next is None else x_next.float(), mean, std, std, None)
