@@ -22,6 +22,7 @@ SHARED: dict[str, tuple[type[config.Config], tuple[str, ...]]] = {
     "suite": (config.SuiteConfig, ("weights", "vae", "vocoder", "text", "seconds")),
     "reward": (config.RewardConfig, (*SOURCES, "clap_published_rate", "lalm_quantisation", "lalm_offload", "lalm_fallback")),
     "eval": (config.EvalConfig, ("tta_bench",)),
+    "diffusion": (config.DiffusionConfig, ("source",)),
 }
 DEFAULT_LAST = "07"  # 08 and later run with --all or --only
 RESERVED = {"profile": "--profile", "seed": "--seed", "run": "RESONATE_RESULTS"}
@@ -190,7 +191,7 @@ def _absolute(name: str, value: Any) -> Any:
         return re.sub(r"[^+*]+\.py(?=:)", lambda match: str(_existing(name, match.group().strip())), value)
     if name in ("folder", "tta_bench", "prompt_list"):
         return str(_existing(name, value))
-    if name in ("weights", "vae", "vocoder", "text", *SOURCES) and Path(value).expanduser().exists():
+    if name in ("weights", "vae", "vocoder", "text", "source", *SOURCES) and Path(value).expanduser().exists():
         return str(_existing(name, value))
     return value
 

@@ -1,5 +1,6 @@
 """Pipelines of diffusers as generators, against the pipelines themselves on miniatures in the real file format."""
 
+import itertools
 import json
 import shutil
 import warnings
@@ -9,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resonate_lib import diffusion, ppo, samplers
-from resonate_lib.config import PPOConfig
+from resonate_lib import budget, diffusion, doctor, ppo, samplers
+from resonate_lib.config import DiffusionConfig, DPOConfig, GRPOConfig, NFTConfig, PPOConfig, resolve
+from resonate_lib.evaluation import efficiency
 from resonate_lib.models import lora, pretrained
 from resonate_lib.models.flux_audio import Condition
 from resonate_lib.models.generator import Generator
@@ -331,6 +333,33 @@ def test_a_run_takes_the_pipeline_that_the_profile_names(made, tmp_path, monkeyp
     assert noted["source"] == str(folder) and len(noted["sha256"]["unet/diffusion_pytorch_model.safetensors"]) == 64
     found.save(run.checkpoint("ppo"))
     assert torch.equal(sampled(run.generator("ppo")).cpu(), sampled(base))
+
+
+def test_doctor_and_the_check_before_a_run_see_the_pipeline(made, tmp_path, monkeypatch):
+    """A directory is found, a hub id would be downloaded, and neither is silently left out."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(pretrained, "offline", lambda: False)
+    monkeypatch.setenv("RESONATE_PARAMS", str(tmp_path))
+    (tmp_path / "paper.yaml").write_text(f"diffusion: {{source: {made['audioldm2'][1]}}}\n")
+    rows = {row.name: row for row in doctor.published("paper")}
+    assert rows["audioldm2"].state == "ok" and rows["audioldm"].state == rows["stable_audio"].state == "note"
+    assert "CC-BY-NC-SA-4.0" in rows["audioldm"].found and "cvssp/audioldm-s-full-v2 -> " in rows["audioldm"].remedy
+    config = {"suite": {"weights": "tiny"}, "reward": {}, "eval": {"tta_bench": ""}}
+    asked = []
+    for source in (str(made["audioldm2"][1]), "cvssp/audioldm-s-full-v2", ""):
+        used = budget._used(config | {"diffusion": {"source": source}}, ["08"], {}, None, False)
+        asked.append([part for part, _ in itertools.islice(used, 1) if part in KINDS])
+    assert asked == [["audioldm2"], ["audioldm"], []]
+
+
+@pytest.mark.parametrize("profile", ["paper", "small"])
+def test_the_profiles_train_a_pipeline_on_equal_clips(profile):
+    ppo_section, process = resolve(PPOConfig, profile), resolve(DiffusionConfig, profile)
+    assert pretrained.pipeline_part(process.source) == "audioldm" and ppo_section.trained == "lora" and ppo_section.reward == "clap"
+    assert ppo_section.sample_batch == ppo_section.micro_batch  # in one size of batch the first ratio is exactly 1
+    clips = efficiency.clips_made(ppo_section)
+    for cls in (GRPOConfig, NFTConfig, DPOConfig):
+        assert efficiency.clips_made(efficiency.at_clips(resolve(cls, profile), clips)) == clips
 
 
 # ---- what is refused --------------------------------------------------------------
