@@ -31,6 +31,7 @@ from resonate_lib.models.codec import AT_A_TIME, within_full_scale
 from resonate_lib.models.flux_audio import Condition, ProjectedText
 
 MOST_TOKENS = 128  # of T5 in AudioLDM 2 as in Stable Audio; the pipeline's 512 would only make every step slower
+COUNTS = ("position_ids", "token_type_ids")  # tensors that hold 0, 1, 2, … or zeros, and that older files may lack
 AGAIN = "get the pipeline again"
 
 
@@ -43,7 +44,7 @@ def read_model(kind: type, folder: Path) -> nn.Module:
         model, report = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except Exception as error:  # of diffusers, transformers or safetensors: long, and of many kinds
         raise ValueError(f"{folder} is no {kind.__name__} ({_line(error)}); {AGAIN}") from None
-    missing = sorted(report["missing_keys"])
+    missing = sorted(name for name in report["missing_keys"] if not name.endswith(COUNTS))
     if missing:  # they would be drawn at random
         raise ValueError(f"{folder} is no whole {kind.__name__}: {len(missing)} tensors are missing, {missing[0]} first; {AGAIN}")
     return model.float().eval()
@@ -67,7 +68,7 @@ def _line(error: BaseException) -> str:
 # -------------------------------------------------------------------------------------------------- text
 class Tower(nn.Module):
     """A text model and its tokenizer, one prompt at a time, so that what a prompt gives depends on no other. Prompts of more than
-    `most` tokens are cut, as in the pipelines, which is said the first time in a process."""
+    `most` tokens are cut, as in the pipelines (there AudioLDM 2 takes 512), which is said the first time in a process."""
 
     said = False
 
