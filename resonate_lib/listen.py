@@ -328,8 +328,11 @@ def preference_rate(answers: Sequence[Mapping], *, base: str = BASE) -> pd.DataF
     """How often each system was preferred over `base`: question, system, wins, losses, ties, listeners, rate, low, high.
 
     rate = wins / (wins + losses) with Wilson's 95 % interval; ties are counted apart; nan where nobody preferred
-    either. One line for each question and system; answers without a question are to "preference". The interval takes
-    answers as independent: where listeners differ in what they prefer, few of them say less than their answers count.
+    either. One line for each question and system; answers without a question are to "preference".
+
+    The interval takes answers as independent. In simulations of 500 panels, 8 listeners with 10 prompts each, it held the
+    truth in 95 to 96 % (`pytest -m slow -s tests/test_listen_panel.py`); where the listeners' own rates deviate by 0.1
+    around 0.7 in 91 %, by 0.15 in 85 %: few listeners who differ say less than their answers count.
     """
     lines = {}
     for answer in answers:
