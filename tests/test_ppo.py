@@ -406,10 +406,10 @@ def quiet(audio, *_):
 @pytest.mark.parametrize("advantage", ["gae", "prompt"])
 def test_training_raises_a_reward(advantage):
     config = dataclasses.replace(
-        PPO, steps=12, group_size=16, advantage=advantage, guidance_scales=(1.0,), ema=0.0, beta=0.0, learning_rate=2e-3
+        PPO, steps=10, group_size=12, advantage=advantage, guidance_scales=(1.0,), ema=0.0, beta=0.0, learning_rate=2e-3
     )
     rewards = [row["reward_mean"] for row in ppo.train(Toy(), quiet, RECORDS, config, seed=0)]
-    assert sum(rewards[-3:]) > 0.5 * sum(rewards[:3])  # below 0: more than half of the power is gone
+    assert sum(rewards[-3:]) > 0.6 * sum(rewards[:3])  # below 0: two fifths of the power are gone
 
 
 def test_the_critic_of_a_training_learns_what_prompts_are_worth():
