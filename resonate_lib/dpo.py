@@ -16,6 +16,7 @@ from resonate_lib import flow
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 from resonate_lib.online import (
     SAVE_EVERY,
+    check_flow,
     collect,
     draw_seed,
     in_parts,
@@ -190,6 +191,7 @@ def train(
     same start; the pairs are a function of it and the seed). callback(i, metrics) runs after each step. Every row
     repeats pairs, tied_pairs, reward_win and reward_lose of its data.
     """
+    check_flow(generator, "Flow-DPO")
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy)
         made: dict[int, Pairs] = {} if pairs is None else {0: pairs}  # of the latest round alone

@@ -17,6 +17,7 @@ from resonate_lib.online import (
     SAVE_EVERY,
     Rollouts,
     average_in,
+    check_flow,
     collect_round,
     companion_of,
     draw_records,
@@ -218,6 +219,7 @@ def train(
     the metrics of the rounds it hears (`online.watched_rounds`, by config.watch_every); one with a state_dict is saved and
     restored with the training. Metrics: `online.reward_metrics` and `update`. Source: the published trainer's loop.
     """
+    check_flow(generator, "Flow-GRPO")
     sde = {"noise_level": config.noise_level, "kind": config.kind, "last_step_noise": config.last_step_noise}
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy) if config.beta > 0 else None

@@ -13,6 +13,7 @@ from resonate_lib.online import (
     SAVE_EVERY,
     Rollouts,
     average_in,
+    check_flow,
     collect_round,
     companion_of,
     draw_records,
@@ -156,6 +157,7 @@ def train(
     the weights over the rounds (`online.average_in`, by `config.ema`). callback(i, metrics) runs after each step. watch: as for
     `grpo.train`.
     """
+    check_flow(generator, "DiffusionNFT")
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy) if config.beta_kl > 0 else None
         old, average = companion_of(policy, "old"), companion_of(policy, "average") if config.ema else policy

@@ -305,6 +305,12 @@ def learning(network: FluxAudio, config, *, seed: int = 0) -> Iterator:
         network.checkpointing = False
 
 
+def check_flow(generator, method: str) -> None:
+    """ValueError where the generator is a diffusion model, whose network predicts no velocity: `method` would learn nonsense."""
+    if generator.diffusion is not None:
+        raise ValueError(f"{method} needs a flow, and this generator is a {generator.diffusion}: train it by ppo, or name a flow")
+
+
 def reference_of(policy):
     """What the policy of `learning` was at its start and stays: a frozen copy, or the network without its adapters."""
     return frozen_copy(policy) if isinstance(policy, torch.nn.Module) else policy.reference()

@@ -23,6 +23,7 @@ from torch import nn
 
 from resonate_lib import audio, doctor
 from resonate_lib.config import EvalConfig, resolve
+from resonate_lib.diffusion import Diffusion
 from resonate_lib.evaluation import clips, suite, ttabench
 from resonate_lib.models import generator as published
 
@@ -137,8 +138,9 @@ def test_a_folder_stands_for_weights_and_settings(tmp_path):
         name(num_steps=24), name(guidance_scale=4.5), name(decode_iterations=60), name(heavier),
         name(lambda g: setattr(g, "codec", Codec(gain=2))), name(lambda g: setattr(g, "text", Text(("b", "a")))),
         name(lambda g: setattr(g, "network_config", {"depth": 2})), name(lambda g: g.network.double()),
+        name(lambda g: setattr(g, "diffusion", Diffusion())), name(lambda g: setattr(g, "diffusion", Diffusion(schedule="linear"))),
     ]  # fmt: skip
-    assert len({name(), *others}) == 9
+    assert len({name(), *others}) == 11
 
 
 def test_a_network_trained_on_is_another_model_to_the_same_store(tmp_path):

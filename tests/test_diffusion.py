@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_algorithms import RECORDS, ToyGenerator, collect
+from test_algorithms import LOOP_NAMES, LOOPS, RECORDS, ToyGenerator, collect, toy_reward
 from test_flow_samplers import generators, world
 
 from resonate_lib import config, diffusion, flow, online, pretrain, samplers, training
@@ -485,6 +485,14 @@ def test_collect_rolls_out_chains():
     calm = collect(toy, RECORDS[:2], sde=None)
     assert calm.trajectory is None
     torch.testing.assert_close(calm.latents, collect(toy, RECORDS[:2], sde={"eta": 0.0}).latents)
+
+
+@pytest.mark.parametrize(("module", "made"), LOOPS, ids=LOOP_NAMES)
+def test_what_learns_from_velocities_refuses_a_diffusion(module, made):
+    toy = ToyGenerator()
+    toy.diffusion = Diffusion()
+    with pytest.raises(ValueError, match="needs a flow, and this generator is a Diffusion"):
+        module.train(toy, toy_reward, RECORDS, made)
 
 
 @pytest.mark.parametrize("name", ["diffusion", "base"])
