@@ -9,7 +9,7 @@ import torch
 from test_algorithms import RECORDS, ToyGenerator, toy_reward, weights
 
 from resonate_lib import dpo, training
-from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig
+from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig, resolve
 from resonate_lib.evaluation import efficiency, report, stats
 
 
@@ -150,3 +150,11 @@ def test_every_system_is_compared_with_its_own_base():
     assert table.loc[["diffusion base", "flow base"], "reward_gain"].isna().all()
     one = report.headline_table(rows[rows["system"].isin(["flow base", "GRPO"])], base="flow base", names=("reward",), n=500)
     assert one["reward_gain"].iloc[1] == pytest.approx(table.loc["GRPO", "reward_gain"])
+
+
+@pytest.mark.parametrize("profile", ["smoke", "tiny", "small", "paper"])
+def test_the_shipped_profiles_can_be_compared(profile):
+    clips = efficiency.clips_made(resolve(PPOConfig, profile))
+    for cls in (GRPOConfig, NFTConfig, DPOConfig):
+        made = efficiency.at_clips(resolve(cls, profile), clips)
+        assert efficiency.clips_made(made) == clips

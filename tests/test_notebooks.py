@@ -167,3 +167,16 @@ def test_plain_papermill_works_in_a_scratch_folder(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "scratch-smoke-seed0" / "listen.html").is_file()
+
+
+@pytest.mark.slow
+def test_08_trains_compares_and_asks_its_question(tmp_path):
+    made = run(tmp_path, "--only", "08")
+    assert {path.name for path in (made / "checkpoints").iterdir()} >= {"ppo", "ppo_grpo", "ppo_nft", "ppo_dpo"}
+    table = json.loads((made / "metrics" / "ppo_table.json").read_text())
+    assert {row["system"]: row["base"] for row in table} == {
+        "diffusion base": "", "PPO": "diffusion base", "flow base": "", **dict.fromkeys(("GRPO", "NFT", "DPO"), "flow base")
+    }  # fmt: skip
+    assert len({row["clips_made"] for row in table if row["base"]}) == 1
+    page = (made / "listen_ppo.html").read_text(encoding="utf-8")
+    assert '"question": "consistency"' in page and "Outside the model&#x27;s vocabulary: man, snoring" in page
