@@ -462,16 +462,16 @@ def test_data_that_a_later_notebook_cannot_use_is_refused_before_the_start(folde
 
 
 def test_listen_prints_the_preference_rate(folder, capsys):
-    write_notebook(folder, "07_a.ipynb", OPEN, "(run.path / 'listen.html').write_text('page')")
+    write_notebook(folder, "07_a.ipynb", OPEN, "for name in ('', '_ppo'): (run.path / f'listen{name}.html').write_text('page')")
     version, _ = batch.start(Request(seeds=(0, 1)))
     assert cli.main(["listen", "1"]) == 0
-    assert capsys.readouterr().out == f"{version}/seed0/listen.html\n"
+    assert capsys.readouterr().out == f"{version}/seed0/listen.html\n{version}/seed0/listen_ppo.html\n"
     for seed, preferred in ((0, "DPO"), (1, "base")):
         (version / f"seed{seed}" / "answers").mkdir()
         answer = {"trial": 0, "a": "base", "b": "DPO", "preferred": preferred, "listener": "x"}
         (version / f"seed{seed}" / "answers" / "x.jsonl").write_text(json.dumps(answer) + "\n")
     assert cli.main(["listen", "1"]) == 0
-    heads, values = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    heads, values = (line.split() for line in capsys.readouterr().out.splitlines()[2:])
     assert heads == ["question", "system", "wins", "losses", "ties", "listeners", "rate", "low", "high"]
     assert values[:7] == ["preference", "DPO", "1", "1", "0", "1", "0.5"]
 
