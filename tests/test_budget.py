@@ -201,3 +201,8 @@ def test_around_a_hub_id_the_other_parts_must_be_named_or_here(whole):
     whole["suite"] |= {"weights": "AndreasXi/Resonate"}
     with pytest.raises(ValueError, match=r"VAE, 44.1 kHz.*or name the hub id 'hkchengrex/MMAudio' as its source"):
         budget.parts(whole, ["07"], {})
+
+
+def test_08_looks_for_a_pipeline_and_the_clap_that_trains_it(settings):
+    used = dict(budget._used(settings, ["08"], {}, None, False))
+    assert {"audioldm", "generator_pt", "clap", "roberta", "aesthetics"} <= used.keys()
