@@ -2,15 +2,17 @@
 
 import itertools
 import json
+import re
 import shutil
 import warnings
 
 import miniature_pipelines as miniature
 import pytest
+import test_paper
 import torch
 from safetensors.torch import load_file, save_file
 
-from resonate_lib import budget, diffusion, doctor, ppo, samplers
+from resonate_lib import budget, diffusion, doctor, ppo, samplers, versions
 from resonate_lib.config import DiffusionConfig, DPOConfig, GRPOConfig, NFTConfig, PPOConfig, resolve
 from resonate_lib.evaluation import efficiency
 from resonate_lib.models import lora, pretrained
@@ -360,6 +362,34 @@ def test_the_profiles_train_a_pipeline_on_equal_clips(profile):
     clips = efficiency.clips_made(ppo_section)
     for cls in (GRPOConfig, NFTConfig, DPOConfig):
         assert efficiency.clips_made(efficiency.at_clips(resolve(cls, profile), clips)) == clips
+
+
+@pytest.mark.slow
+def test_notebook_08_runs_at_paper_shape_on_a_pipeline(tmp_path, monkeypatch):
+    """The profile as it is but for counts: AudioLDM tuned by PPO with LoRA and the CLAP reward, flow models beside it."""
+    whole = test_paper.small_disk
+    counts = {"num_steps": 2, "group_size": 3, "prompts_per_step": 2, "pairs": 6, "prompts": 2, "batch_size": 4, "minibatches": 1,
+              "sample_batch": 6, "micro_batch": 6, "watch_every": 2}  # fmt: skip
+
+    def smaller(folder):
+        path = whole(folder) / "paper.yaml"
+        text = path.read_text(encoding="utf-8").replace("eval:\n", "eval:\n  validation_prompts: 2\n  bootstrap: 100\n")
+        for name, count in counts.items():
+            text = re.sub(rf"\b{name}: \d+", f"{name}: {count}", text)
+        path.write_text(text, encoding="utf-8")
+        return folder
+
+    monkeypatch.setattr(test_paper, "small_disk", smaller)
+    miniature.audioldm(tmp_path / "audioldm")
+    given = test_paper.paper_world(tmp_path / "world") | {"diffusion.source": tmp_path / "audioldm", "steps": 2, "seconds": "1.0"}
+    version = test_paper.run_suite(tmp_path, "paper", given | {"eval_prompts": 4, "listen_prompts": 1}, "--only", "08")
+    run = versions.read(version)
+    assert run["status"] == "DONE" and "audioldm" in run["notebooks"]["08_clap_ppo"]["notes"]["inputs"]
+    tuned, folder = Generator.load(version / "checkpoints" / "ppo", device="cpu"), version / "checkpoints" / "ppo"
+    assert tuned.network_config["pipeline"] == "audioldm" and tuned.diffusion == load_pipeline(tmp_path / "audioldm").diffusion
+    assert lora.load(tuned.network, folder / "adapter.safetensors").form.targets == tuned.network.lora_targets
+    systems = set(versions.read_table(version / "metrics" / "ppo_table.csv")["system"])
+    assert systems == {"diffusion base", "PPO", "flow base", "GRPO", "NFT", "DPO"}
 
 
 # ---- what is refused --------------------------------------------------------------
