@@ -207,9 +207,10 @@ def test_a_tree_holds_what_sequences_share_once_and_sees_ancestors_alone():
     other = Tree([7, 8])
     other.add([9])
     packed = pack([tree, other], 0, [(0, 5), (1, 2)])
-    assert packed.ids.tolist() == [[7, 8, 1, 2, 3, 4, 2], [7, 8, 9, 0, 0, 0, 0]]
-    assert packed.positions[0].tolist() == [0, 1, 2, 3, 4, 4, 2] and packed.positions[1, :3].tolist() == [0, 1, 2]
-    sees = {place: mask.nonzero().flatten().tolist() for place, mask in enumerate(packed.mask[0, 0])}
+    assert packed.ids.shape == (2, 32) and packed.ids[:, :7].tolist() == [[7, 8, 1, 2, 3, 4, 2], [7, 8, 9, 0, 0, 0, 0]]
+    assert not packed.ids[:, 7:].any()
+    assert packed.positions[0, :7].tolist() == [0, 1, 2, 3, 4, 4, 2] and packed.positions[1, :3].tolist() == [0, 1, 2]
+    sees = {place: mask.nonzero().flatten().tolist() for place, mask in enumerate(packed.mask[0, 0, :7])}
     assert sees == {0: [0], 1: [0, 1], 2: [0, 1, 2], 3: [0, 1, 2, 3], 4: [0, 1, 2, 3, 4], 5: [0, 1, 2, 3, 5], 6: [0, 1, 6]}
     assert packed.mask.any(-1).all() and (packed.rows.tolist(), packed.columns.tolist()) == ([0, 1], [5, 2])
 

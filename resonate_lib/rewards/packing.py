@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LENGTHS = 32  # rows of any length would need a kernel for each on a CPU, which keeps them all: slower by 1.1, and gigabytes
+
 
 class Tree:
     """Token sequences that begin with the same `trunk` and share whatever else they begin with. ids: every token once;
@@ -50,8 +52,9 @@ class Packed:
 
 
 def pack(trees: Sequence[Tree], pad: int, places: Sequence[tuple[int, int]]) -> Packed:
-    """Trees of one trunk, filled up with the token `pad`. places: (row, place in its tree) of every answer."""
-    length, trunk = max(len(tree.ids) for tree in trees), trees[0].trunk
+    """Trees of one trunk, filled up with the token `pad` to a multiple of LENGTHS. places: (row, place in its tree) of every
+    answer."""
+    length, trunk = -(-max(len(tree.ids) for tree in trees) // LENGTHS) * LENGTHS, trees[0].trunk
     ids = np.full((len(trees), length), pad)
     positions = np.zeros((len(trees), length), dtype=np.int64)
     positions[:, :trunk] = np.arange(trunk)
