@@ -149,11 +149,6 @@ def _cps_moments(x, v, t, t_next, noise_level, _t_max):
     return mean, a, a
 
 
-def cps_step(x: Tensor, v: Tensor, t, t_next, *, noise_level: float, **kwargs) -> Transition:
-    """`sde_step` with kind="cps", which needs no t_max."""
-    return sde_step(x, v, t, t_next, noise_level=noise_level, t_max=1.0, kind="cps", **kwargs)
-
-
 def ddim_step(
     x: Tensor, model_output: Tensor, alpha_bar, alpha_bar_next, *, eta: float, prediction: str = "epsilon",
     noise: Tensor | None = None, x_next: Tensor | None = None, generator: Generators = None,

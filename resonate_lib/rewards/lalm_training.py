@@ -315,8 +315,8 @@ def fit_lalm(
     relation, split), and `one_part` of the questions of `draw_questions` is asked too. The first warmup_steps of `steps` train the
     audio tower alone to tell which events sound when, through a linear head that is thrown away (and kept on with weight
     activity_weight); the others also ask one true and negatives_per_clip false captions a clip, yes and no weighing half each,
-    and ask for the caption (600 steps of captions alone before any question were worth less than they cost). texts: what the
-    vocabulary is built from; None reads 1,024 clips' captions and negatives.
+    and ask for the caption. (600 steps of captions alone before any question cost more than they gained, in one trial that was
+    stopped half-way.) texts: what the vocabulary is built from; None reads 1,024 clips' captions and negatives.
     """
     from resonate_lib.training import autocast, fit
 
