@@ -105,7 +105,7 @@ def run_command(options: argparse.Namespace) -> int:
     only = tuple(item for text in options.only or [] for item in text.split(",") if item) or None
     if only and options.all:
         raise ValueError("--only and --all exclude each other: give one")
-    from resonate_lib.config import coerce
+    from resonate_lib.knobs import coerce
 
     request = batch.Request(
         profile=profile, only=only, all_notebooks=options.all, overrides=overrides, from_version=options.from_version,

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from resonate_lib import memory
-from resonate_lib.config import SECTIONS, Config
+from resonate_lib.config import SECTIONS
 from resonate_lib.data import prompts
+from resonate_lib.knobs import Config
 from resonate_lib.models import pretrained
 from resonate_lib.models.flux_audio import FluxAudio, fluxaudio_m_44k
 from resonate_lib.models.pretrained import PARTS, beside, flux_config, locate, read_weights

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resonate_lib import dpo, flow, online, training
-from resonate_lib.config import Config, DPOConfig, GRPOConfig, NFTConfig, PretrainConfig
+from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PretrainConfig
+from resonate_lib.knobs import Config
 from resonate_lib.models import codec, layers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 

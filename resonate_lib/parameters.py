@@ -12,13 +12,13 @@ from typing import Any
 import nbformat
 import yaml
 
-from resonate_lib import config
+from resonate_lib import config, knobs
 
 SOURCES = ("clap_source", "lalm_source", "clap_eval_source", "lalm_eval_source", "roberta_source", "aesthetics_source",
            "msclap_source", "gpt2_source")  # fmt: skip
 # {section: (dataclass, names)} of what every notebook reads from the profile for itself: a value given for it holds for all.
-SHARED: dict[str, tuple[type[config.Config], tuple[str, ...]]] = {
-    "data": (config.DataConfig, tuple(config.field_types(config.DataConfig))),
+SHARED: dict[str, tuple[type[knobs.Config], tuple[str, ...]]] = {
+    "data": (config.DataConfig, tuple(knobs.field_types(config.DataConfig))),
     "suite": (config.SuiteConfig, ("weights", "vae", "vocoder", "text", "seconds")),
     "reward": (config.RewardConfig, (*SOURCES, "clap_published_rate", "lalm_quantisation", "lalm_offload", "lalm_fallback")),
     "eval": (config.EvalConfig, ("tta_bench",)),
@@ -42,7 +42,7 @@ def discover(folder: Path, only: tuple[str, ...] | None, all_notebooks: bool) ->
     for item in only:
         number = names.get(item.removesuffix(".ipynb"), item.zfill(2))
         if number not in every:
-            raise ValueError(config.unknown("notebook", item, [*every, *names] if not item.isdigit() else list(every)))
+            raise ValueError(knobs.unknown("notebook", item, [*every, *names] if not item.isdigit() else list(every)))
         chosen.add(number)
     return {number: path for number, path in every.items() if number in chosen}
 
@@ -135,13 +135,13 @@ def _spread(overrides: dict[str, Any], declared: dict[str, dict[str, str]]) -> d
         if name in RESERVED:
             raise ValueError(f"parameter {key!r} has an option of its own: use {RESERVED[name]}")
         if place and place not in places:
-            raise ValueError(f"{config.unknown('notebook', place, list(declared))} (in -p {key}, of the notebooks selected)")
+            raise ValueError(f"{knobs.unknown('notebook', place, list(declared))} (in -p {key}, of the notebooks selected)")
         if place and name not in places[place]:
             own = sorted(set(places[place]) - set(RESERVED))
             whose = f"the {place}" if place in SHARED else f"notebook {place}"
-            raise ValueError(config.unknown(f"parameter of {whose}", name, own))
+            raise ValueError(knobs.unknown(f"parameter of {whose}", name, own))
         if name not in known:
-            raise ValueError(config.unknown("parameter", name, known) + " (in the notebooks selected)")
+            raise ValueError(knobs.unknown("parameter", name, known) + " (in the notebooks selected)")
         for target in [place] if place else [target for target, names in places.items() if name in names]:
             given[target][name] = overrides[key]
     for number in declared:
@@ -166,15 +166,15 @@ def reach(overrides: dict[str, Any], parameters: dict[str, dict[str, Any]]) -> l
     return lines
 
 
-def _place(number: str, name: str) -> tuple[type[config.Config], str] | None:
+def _place(number: str, name: str) -> tuple[type[knobs.Config], str] | None:
     """The dataclass and field that a notebook's parameter stands for."""
     classes = config.NOTEBOOK_CONFIGS.get(number, ())
     for cls in classes:
-        if name in config.field_types(cls):
+        if name in knobs.field_types(cls):
             return cls, name
     for cls in config.CONFIGS:
         inner = name.removeprefix(f"{cls.section}_")
-        if inner != name and inner in config.field_types(cls):
+        if inner != name and inner in knobs.field_types(cls):
             return cls, inner
     return None
 
@@ -206,5 +206,5 @@ def _existing(name: str, value: str) -> Path:
 def _by_annotation(name: str, value: Any, annotation: str) -> Any:
     kind = KINDS.get(re.sub(r"^(typing\.)?Optional\[(.*)\]$", r"\2", annotation))
     if kind:
-        return config.coerce(name, value, kind)
+        return knobs.coerce(name, value, kind)
     return yaml.safe_load(value) if isinstance(value, str) else value

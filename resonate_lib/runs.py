@@ -29,7 +29,8 @@ from typing import Any
 import pandas as pd
 
 from resonate_lib import record
-from resonate_lib.config import CHECKOUT, Config, DiffusionConfig, RewardConfig, SuiteConfig, derived, plain, resolve
+from resonate_lib.config import CHECKOUT, DiffusionConfig, RewardConfig, SuiteConfig, derived, plain, resolve
+from resonate_lib.knobs import Config
 from resonate_lib.versions import allocate, compare, find, results_dir, summarise, verify
 
 __all__ = [

@@ -17,7 +17,8 @@ import pandas as pd
 from scipy.stats import t as student
 
 from resonate_lib import record
-from resonate_lib.config import CHECKOUT, unknown
+from resonate_lib.config import CHECKOUT
+from resonate_lib.knobs import unknown
 
 NAME = re.compile(r"(\d{4,})-(.+)-([0-9a-f]{8})$")
 OPEN = ("RUNNING", "FAILED", "INTERRUPTED")  # what --resume may continue

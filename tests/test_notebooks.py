@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_flux_audio import small
 
-from resonate_lib import config, flow, memory, samplers
+from resonate_lib import config, flow, knobs, memory, samplers
 from resonate_lib.models.flux_audio import Condition
 from resonate_lib.rewards.remote import RemoteJudge
 
@@ -73,7 +73,7 @@ def test_parameters_are_typed_flat_literals_that_papermill_reads(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_a_knob_that_is_a_field_is_none_until_turned(path):
-    fields = {name for cls in config.NOTEBOOK_CONFIGS.get(path.name[:2], ())[:1] for name in config.field_types(cls)}
+    fields = {name for cls in config.NOTEBOOK_CONFIGS.get(path.name[:2], ())[:1] for name in knobs.field_types(cls)}
     for name, item in papermill.inspect_notebook(str(path)).items():
         if name in fields and (path.name[:2], name) != ("05", "reward"):  # the one thing 05 sets otherwise
             assert item["default"] == "None", f"{name} hides the profile's value"
