@@ -34,6 +34,7 @@ from resonate_lib.rewards.lalm_training import fit_lalm
 JUDGE_SCENES = 100  # + seed; its threshold is frozen on validation scenes of the same number
 SCENES = {"lalm": 300, "clap": 400, "lalm_eval": 500, "clap_eval": 600}  # + 10 * seed
 LEVELS = (-12.0, 3.0)  # dB, lowest and highest gain of a reward's training clips
+BITS = 8  # of a base's weights on disk, as those that ship: the judge hears no difference to 16
 TOWER_FIRST = 250  # steps of the LALM's audio tower alone, at most an eighth of all steps
 
 
@@ -162,7 +163,7 @@ def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | No
         corpus = open_corpus(data, "train", seed=seed, cache=cache)
         base, history, kept = pretrain.build_base(corpus, config, seed=seed, checkpoint=state, diffusion=process)
         made = {"clips": len(corpus), "world_seed": data.world_seed, "variance_kept": kept}
-        base.save(folder, seed=seed, **made, **plain(config))
+        base.save(folder, bits=BITS, seed=seed, **made, **plain(config))
     elif name == "judge":
         judge, history = train_judge(rewards, data, seed=seed, checkpoint=state)
         made = {key: value for key, value in plain(rewards).items() if key.startswith("judge_")}
