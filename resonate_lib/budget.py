@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from resonate_lib import memory
-from resonate_lib.config import SECTIONS
+from resonate_lib.config import NOTEBOOK_CONFIGS, SECTIONS
 from resonate_lib.data import prompts
 from resonate_lib.knobs import Config
 from resonate_lib.models import pretrained
@@ -28,10 +28,12 @@ from resonate_lib.models.pretrained import PARTS, beside, flux_config, locate, r
 
 TRIAL = "own reward"  # of notebook 04: one small round of GRPO, with all its networks still there
 HACK = "planted hack"  # its last training: NFT once more, in rounds that are no larger
-STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", TRIAL, HACK), "05": ("grpo",)}
+# Of 08 the stages of the flow: PPO's network is a pipeline's, whose shapes are not known here.
+STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", TRIAL, HACK), "05": ("grpo",),
+          "08": ("grpo", "nft", "dpo")}  # fmt: skip
 # Networks that a notebook holds besides that of its stage: the base, and students of earlier stages.
 BESIDE = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, f"04 {TRIAL}": 3, f"04 {HACK}": 3}
-BESIDE |= {"05 grpo": 1}
+BESIDE |= {"05 grpo": 1, "08 grpo": 1, "08 nft": 2, "08 dpo": 3}
 SYSTEMS = {"00": 2, "06": 6, "07": 5}  # networks of the notebooks that only generate: the base and what was tuned
 HEARING = {  # who hears, besides the reward lines
     "02": ("clap", "lalm", "clap_eval", "lalm_eval"),
@@ -70,7 +72,7 @@ def plans(config: Mapping[str, Mapping[str, Any]], notebooks: list[str], paramet
             name, stage = f"{number} {section}", _stage(config, number, section, given)
             held = {f"networks held beside: {BESIDE[name]}, float32": BESIDE[name] * _bytes(build)}
             judges = _judges(config, number, given, STAGES[number][: place + 1])
-            held |= _published(config) | judges
+            held |= _published(config) | judges | (_pipeline(config) if number == "08" else {})
             clips = memory.batches(stage)[1]
             rows = memory.plan(
                 build, stage, device=device, held=held, scoring=_scoring(judges) if clips else 0,
@@ -95,13 +97,13 @@ def report(config, notebooks: list[str], parameters, device: str, free: int) -> 
 
 
 def _stage(config, number: str, section: str, given: Mapping[str, Any]) -> Config:
-    """The stage's configuration with what is given for its notebook: plain names are of the first stage, `trained` of all,
-    the others' begin with the stage's name."""
+    """The stage's configuration with what is given for its notebook: plain names are of its main stage, `trained` of all
+    (in 08, where the others are as their own notebooks have them, of PPO alone), the others' begin with the stage's name."""
     if section == TRIAL:
         return replace(_stage(config, number, "grpo", given), steps=1, prompts_per_step=2, minibatches=1)
     section = "nft" if section == HACK else section
-    names, first = set(config[section]), section == STAGES[number][0]
-    mine = {key: value for key, value in given.items() if key in names and (first or key == "trained")}
+    names, first = set(config[section]), section == NOTEBOOK_CONFIGS[number][0].section
+    mine = {key: value for key, value in given.items() if key in names and (first or (key == "trained" and number != "08"))}
     mine |= {key.removeprefix(f"{section}_"): value for key, value in given.items() if key.removeprefix(f"{section}_") in names
              and key.startswith(f"{section}_")}  # fmt: skip
     values = {**config[section], **{key: value for key, value in mine.items() if value is not None}}
@@ -133,10 +135,18 @@ def _published(config) -> dict[str, int]:
     }
 
 
+def _pipeline(config) -> dict[str, int]:
+    """{what: bytes} of the diffusion model that 08 starts from, in its files' precision, and of its tuned copy."""
+    source = config["diffusion"]["source"]
+    part = pretrained.pipeline_part(source)
+    return {"diffusion pipeline and its copy, at most": 2 * _part_bytes(part, source, config["suite"]["weights"])}
+
+
 def _heard(config, number: str, given: Mapping[str, Any], sections: tuple[str, ...]) -> list[str]:
     """The scorers of SCORERS that a notebook has made by the end of these stages."""
     lines = [getattr(_stage(config, number, section, given), "reward", "") for section in sections]
     lines += [given.get("reward") or "lalm"] if number == "06" else []
+    lines = [given.get("reward") or config["ppo"]["reward"]] if number == "08" else lines  # one for all methods
     terms = (term.rpartition("*")[2].strip() for line in lines for term in line.split("+"))
     named = {term.removesuffix("_fine") for term in terms} | set(HEARING.get(number, ()))  # lalm_fine asks lalm
     return [name for name in SCORERS if name in named]

@@ -219,12 +219,6 @@ class GRPOConfig(Config):
         _check_no_clip_alone(self)
         _check_minibatches(self.minibatches, self.prompts_per_step * self.group_size)
         _check_some_step(self)
-        trained = self.trainable_steps
-        if self.window > trained:
-            raise ValueError(
-                f"window={self.window}: timestep_fraction={self.timestep_fraction} of {self.num_steps} steps leaves "
-                f"{trained} to train; use {trained} or fewer, or 0 for all"
-            )
 
 
 @dataclass(frozen=True)
@@ -285,6 +279,7 @@ class PPOConfig(Config):
     kind: str = knob("ddim", choices=("ddim", "ancestral"))
     guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # as for GRPO
     timestep_fraction: float = knob(1.0, above=0, high=1)  # share of the steps trained, counted from noise
+    window: int = knob(0, low=0)  # as for GRPO
     learning_rate: float = knob(3e-4, above=0, high=1)
     critic_learning_rate: float = knob(1e-3, above=0, high=1)
     critic_epochs: int = knob(8, low=1)  # passes of the critic over a round; it is small, and has far to go
@@ -463,10 +458,16 @@ def _check_no_clip_alone(config: GRPOConfig | PPOConfig) -> None:
 
 
 def _check_some_step(config: GRPOConfig | PPOConfig) -> None:
-    if config.trainable_steps < 1:
+    trained = config.trainable_steps
+    if trained < 1:
         raise ValueError(
             f"timestep_fraction={config.timestep_fraction}: trains none of {config.num_steps} steps; "
             f"use {1 / config.num_steps:g} or more"
+        )
+    if config.window > trained:
+        raise ValueError(
+            f"window={config.window}: timestep_fraction={config.timestep_fraction} of {config.num_steps} steps leaves "
+            f"{trained} to train; use {trained} or fewer, or 0 for all"
         )
 
 
@@ -501,7 +502,7 @@ def derived(config: Config) -> str:
             f"updates in all   = {config.steps} x {config.minibatches}{passes} = {config.steps * config.minibatches * epochs}",
         ]
         if isinstance(config, (GRPOConfig, PPOConfig)):
-            trained = getattr(config, "window", 0) or config.trainable_steps
+            trained = config.window or config.trainable_steps
             lines.append(f"steps trained    = {trained} of {config.num_steps} per clip")
         return "\n".join(lines)
     if isinstance(config, DPOConfig):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from resonate_lib import diffusion
-from resonate_lib.grpo import clipped_surrogate, kl_penalty, trained_steps
+from resonate_lib.grpo import clipped_surrogate, draw_window, kl_penalty, trained_steps
 from resonate_lib.models.layers import timestep_sinusoid
 from resonate_lib.online import (
     SAVE_EVERY,
@@ -293,7 +293,8 @@ def train(
                 generator, policy, reward, draw_records(records, config.prompts_per_step, random), group_size=config.group_size,
                 steps=config.num_steps, guidance_scale=config.guidance_scales[i % len(config.guidance_scales)],
                 seed=draw_seed(random), decode_iterations=config.decode_iterations, precision=config.precision,
-                sample_batch=config.sample_batch, sde={"eta": config.eta, "kind": config.kind},
+                sample_batch=config.sample_batch,
+                sde={"eta": config.eta, "kind": config.kind, "window": draw_window(config, random)},
             )  # fmt: skip
             metrics, values = reward_metrics(rollouts), {}
             if critic is None:

@@ -206,3 +206,13 @@ def test_around_a_hub_id_the_other_parts_must_be_named_or_here(whole):
 def test_08_looks_for_a_pipeline_and_the_clap_that_trains_it(settings):
     used = dict(budget._used(settings, ["08"], {}, None, False))
     assert {"audioldm", "generator_pt", "clap", "roberta", "aesthetics"} <= used.keys()
+
+
+def test_08_plans_the_flows_stages_beside_a_pipeline(settings):
+    plain = parts_of(settings, "08")
+    assert list(plain) == ["08 grpo", "08 nft", "08 dpo"]
+    for name, count in {"08 grpo": 1, "08 nft": 2, "08 dpo": 3}.items():
+        assert plain[name][f"networks held beside: {count}, float32"] == count * SIZE
+        assert plain[name]["diffusion pipeline and its copy, at most"] == 3_400_000_000 and "lalm" not in plain[name]
+    assert parts_of(settings, "08", **{"08": {"group_size": 3, "trained": "all"}}) == plain  # knobs of PPO, which is not planned
+    assert parts_of(settings, "08", **{"08": {"reward": "lalm"}})["08 nft"]["lalm"] == 22_400_000_000
