@@ -292,15 +292,20 @@ def _kernel_params(plan: Plan, version: Path) -> Path:
 
 
 def _summarise(plan: Plan, version: Path) -> None:
-    """Means over the seeds at the version's top; the benchmark's tables and words from the rows of all seeds instead."""
+    """Means over the seeds at the version's top; the tables and words of notebooks 06 and 08 from the rows of all seeds instead."""
     versions.summarise(version)
-    if not any(version.glob("seed*/metrics/tta_rows.csv")):
-        return
+    bootstrap = {**plan.payload["config"]["eval"], **plan.parameters.get("06", {})}["bootstrap"]
+    if any(version.glob("seed*/metrics/tta_rows.csv")):
+        _summarise_benchmark(version, bootstrap)
+    if any(version.glob("seed*/metrics/ppo_rows.csv")):
+        _summarise_methods(version, bootstrap)
+
+
+def _summarise_benchmark(version: Path, n: int) -> None:
     from resonate_lib import plots  # torch is only loaded where it is needed
     from resonate_lib.evaluation import metrics, report, suite
 
-    settings = {**plan.payload["config"]["eval"], **plan.parameters.get("06", {})}
-    tables, said, main = suite.over_seeds(version, n=settings["bootstrap"])
+    tables, said, main = suite.over_seeds(version, n=n)
     for name, table in tables.items():
         runs.write_table(version / "metrics", name, table)
     table = tables["tta_headline"]
@@ -310,6 +315,22 @@ def _summarise(plan: Plan, version: Path) -> None:
     record.atomic_write(version / "metrics" / "tta_headline.tex", report.to_latex(report.readable(table, names[:1])))
     title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds"
     plots.save(plots.gains(table, metric=main, title=title), version / "figures" / "tta_gains.png")
+
+
+def _summarise_methods(version: Path, n: int) -> None:
+    from resonate_lib import plots
+    from resonate_lib.evaluation import efficiency, report
+
+    made = int(versions.read_table(version / "metrics" / "ppo_table.csv")["clips_made"].max())  # the seeds' own tables say so
+    table, names = efficiency.outcome(versions.read_rows(version, "ppo_rows"), clips=made, n=n)
+    runs.write_table(version / "metrics", "ppo_table", table)
+    judged = [name for name in names if name not in ("reward", "order")][:2]
+    shown = report.readable(table, ["reward", *judged])
+    record.atomic_write(version / "metrics" / "ppo_table.md", report.to_markdown(shown))
+    title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds, {made} clips a method"
+    for metric in ("reward", *judged[:1]):
+        figure = plots.gains(table, metric=metric, base="its own base", title=title)
+        plots.save(figure, version / "figures" / f"ppo_gains_{metric}.png")
 
 
 def _run(plan: Plan, version: Path, run: dict[str, Any], every: float) -> dict[str, Any]:

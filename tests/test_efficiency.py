@@ -8,9 +8,10 @@ import pytest
 import torch
 from test_algorithms import RECORDS, ToyGenerator, toy_reward, weights
 
-from resonate_lib import dpo, training
+from resonate_lib import batch, dpo, training, versions
 from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig, resolve
 from resonate_lib.evaluation import efficiency, report, stats
+from resonate_lib.runs import write_table
 
 
 # ---------------------------------------------------------------------------------------- equal numbers of clips
@@ -150,6 +151,27 @@ def test_every_system_is_compared_with_its_own_base():
     assert table.loc[["diffusion base", "flow base"], "reward_gain"].isna().all()
     one = report.headline_table(rows[rows["system"].isin(["flow base", "GRPO"])], base="flow base", names=("reward",), n=500)
     assert one["reward_gain"].iloc[1] == pytest.approx(table.loc["GRPO", "reward_gain"])
+
+
+def test_the_methods_over_seeds_are_compared_on_all_rows(tmp_path):
+    rng, pooled = np.random.default_rng(1), []
+    for seed in (0, 1):
+        systems = ("diffusion base", "PPO", "flow base", "GRPO", "NFT", "DPO")
+        rows = [rows_of(name, rng.random(20), [(1, 0, 0)] * 20).assign(seed=seed, exact=1.0, order=np.nan) for name in systems]
+        pooled.append(pd.concat(rows, ignore_index=True))
+        write_table(tmp_path / f"seed{seed}" / "metrics", "ppo_rows", pooled[-1])
+        write_table(tmp_path / f"seed{seed}" / "metrics", "ppo_table", efficiency.outcome(pooled[-1], clips=480, n=100)[0])
+    versions.summarise(tmp_path)
+    batch._summarise_methods(tmp_path, 300)
+    table = versions.read_table(tmp_path / "metrics" / "ppo_table.csv").set_index("system")
+    both = pd.concat(pooled, ignore_index=True)
+    by_hand = report.paired(both, "PPO", "diffusion base", metric="reward").mean
+    assert table.loc["PPO", "reward_gain"] == pytest.approx(by_hand, abs=1e-6)  # tables have six digits
+    assert table.loc["PPO", ["seeds", "clips", "clips_made"]].tolist() == [2, 40, 480] and table["reward_t_low"].notna().sum() == 4
+    deviation = both.loc[both["system"] == "flow base", "reward"].std(ddof=0)
+    assert table.loc["DPO", "reward_gain_deviations"] == pytest.approx(table.loc["DPO", "reward_gain"] / deviation, abs=1e-5)
+    assert "PPO" in (tmp_path / "metrics" / "ppo_table.md").read_text()
+    assert (tmp_path / "figures" / "ppo_gains_reward.png").is_file()
 
 
 @pytest.mark.parametrize("profile", ["smoke", "tiny", "small", "paper"])

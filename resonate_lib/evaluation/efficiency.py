@@ -17,10 +17,10 @@ import torch
 
 from resonate_lib import online, training
 from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig
-from resonate_lib.evaluation import measures, report
+from resonate_lib.evaluation import measures, metrics, report, suite
 
 Trained = DPOConfig | GRPOConfig | NFTConfig | PPOConfig
-
+BASES = {"PPO": "diffusion base", "GRPO": "flow base", "NFT": "flow base", "DPO": "flow base"}  # what each was tuned from
 
 # ---- equal numbers of clips ------------------------------------------------------------
 
@@ -191,3 +191,15 @@ def own_base_table(rows: pd.DataFrame, bases: Mapping[str, str], *, names: Seque
     table = report.headline_table(rows, base=bases, names=names, n=n)
     table.insert(2, "base", [bases.get(system, "") for system in table["system"]])
     return table
+
+
+def outcome(rows: pd.DataFrame, *, clips: int, n: int = 2000) -> tuple[pd.DataFrame, list[str]]:
+    """`own_base_table` of notebook 08's rows, of one seed or several, with `reward_gain_deviations`, the reward's gain over the
+    deviation of the own base's clips, and clips_made by each training; and the names of the metrics that the rows hold."""
+    names = [name for name in (*metrics.HEADLINE, "PQ") if suite.measured(rows, name)]
+    table = own_base_table(rows, BASES, names=names, n=n)
+    spread = rows.groupby("system")["reward"].std(ddof=0)
+    gains = zip(table["reward_gain"], table["base"], table["system"], strict=True)
+    table["reward_gain_deviations"] = [gain / spread[base or system] for gain, base, system in gains]
+    table["clips_made"] = [clips if system in BASES else 0 for system in table["system"]]
+    return table, names
