@@ -137,7 +137,7 @@ class Run:
 
         Looked for in this run, then in `--from VERSION` (its seed's folder, else its top), then (checkpoints only, not
         with --from-scratch) among the shipped weights of the profile. A shipped base model of another seed is said and
-        noted (`base_seed`, `diffusion_seed`). Raises ValueError when it is nowhere; None if `optional`.
+        noted (`base_seed`). Raises ValueError when it is nowhere; None if `optional`.
         """
         places = [("this run", self.path / kind / name)]
         if self.from_version is not None:
@@ -149,8 +149,8 @@ class Run:
         for source, path in places:
             if path.exists():
                 self.record("inputs", {name: {"source": source, "sha256": record.sha256_tree(path)}})
-                if name in ("base", "diffusion") and source == "shipped":
-                    self._say_base_seed(name, path)
+                if name == "base" and source == "shipped":
+                    self._say_base_seed(path)
                 return path
         if optional:
             return None
@@ -161,14 +161,14 @@ class Run:
         looked = ", ".join(dict.fromkeys(source for source, _ in places))
         raise ValueError(f"no {name!r} in {looked}: {first}, or give --from VERSION")
 
-    def _say_base_seed(self, name: str, folder: Path) -> None:
+    def _say_base_seed(self, folder: Path) -> None:
         """Say and note that the shipped base model is of another seed; not in the notebook that trains the seed's own."""
         facts = folder / "generator.json"
         seed = json.loads(facts.read_text(encoding="utf-8")).get("seed") if facts.is_file() else None
-        if seed not in (None, self.seed) and not self.notebook.startswith(MADE_BY[name]):
-            print(f"note: the shipped {name} model is that of seed {seed}; run notebook {MADE_BY[name]} with this seed for one of "
+        if seed not in (None, self.seed) and not self.notebook.startswith(MADE_BY["base"]):
+            print(f"note: the shipped base model is that of seed {seed}; run notebook {MADE_BY['base']} with this seed for one of "
                   "its own")
-            self.record(f"{name}_seed", seed)
+            self.record("base_seed", seed)
 
     def generator(self, name: str = "base"):
         """The `Generator` called `name`, from where `resolve_input` finds it.
