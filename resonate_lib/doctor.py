@@ -30,7 +30,7 @@ NEEDED = (
     "ipywidgets",
     "jupyterlab",
 )
-WEIGHTS = ("base", "clap", "lalm", "clap_eval", "lalm_eval", "judge")
+WEIGHTS = ("base", "diffusion", "clap", "lalm", "clap_eval", "lalm_eval", "judge")
 
 
 @dataclass
