@@ -214,9 +214,9 @@ def test_clap_saves_and_loads(clap, scene, tmp_path):
     again = ClapReward.load(tmp_path / "clap", text=fake_text)
     assert again.card == {"seed": 0} and again.model.config == CLAP_TOY
     before, after = (r(scene["audio"], RATE, scene["captions"]).scores for r in (clap, again))
-    assert torch.equal(before, after)
+    torch.testing.assert_close(before, after, atol=0.02, rtol=0)  # 8 bits a weight
     mix = load_reward("0.5*clap", weights=tmp_path, text=fake_text)
-    torch.testing.assert_close(mix(scene["audio"], RATE, scene["captions"]).scores, before / 2)
+    torch.testing.assert_close(mix(scene["audio"], RATE, scene["captions"]).scores, after / 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clap"]
 
 

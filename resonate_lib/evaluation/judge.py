@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from resonate_lib import training
 from resonate_lib.data import events, scenes
+from resonate_lib.models import storage
 from resonate_lib.models.codec import mel_basis
 
 REAL = torch.tensor([events.EVENTS[name].source == "real" for name in scenes.CLASSES])
@@ -112,10 +113,10 @@ class Judge(nn.Module):
         return score_detections(*self.detect(audio), metadata)
 
     def save(self, folder, **facts):
-        """judge.safetensors and judge.json (configuration, threshold, and the facts given: seed, scores)."""
-        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        """judge.safetensors (8 bits a weight, see `storage`) and judge.json (configuration, threshold, and the facts given: seed,
+        scores)."""
         with training.atomic_folder(folder) as temporary:
-            save_file(state, temporary / "judge.safetensors")
+            save_file(storage.packed(self.state_dict(), 8), temporary / "judge.safetensors")
             (temporary / "judge.json").write_text(json.dumps({"config": self.config, **facts}, indent=1) + "\n")
 
     @classmethod
@@ -124,8 +125,7 @@ class Judge(nn.Module):
         if not (folder / "judge.safetensors").is_file():
             raise FileNotFoundError(f"no judge in {folder}: train it with `python -m resonate_lib run --from-scratch`")
         judge = cls(**json.loads((folder / "judge.json").read_text())["config"])
-        state = load_file(folder / "judge.safetensors")
-        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        judge.load_state_dict(storage.read(folder / "judge.safetensors"))
         return judge.eval()
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import torchaudio
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resonate_lib.models import storage
 from resonate_lib.rewards.base import RewardResult, initial_seed, learning_rate_at, to_clip
 from resonate_lib.training import atomic_folder
 
@@ -180,10 +181,9 @@ class ClapReward:
         return self.model.encode_text(prompts).cpu()
 
     def save(self, directory: str | Path) -> None:
-        """Writes model.safetensors and config.json (the configuration and how it was trained)."""
+        """Writes model.safetensors (8 bits a weight, see `storage`) and config.json (the configuration and how it was trained)."""
         with atomic_folder(directory) as folder:
-            state = {k: v.detach().contiguous().cpu() for k, v in self.model.state_dict().items()}
-            save_file(state, folder / "model.safetensors")
+            save_file(storage.packed(self.model.state_dict(), 8), folder / "model.safetensors")
             content = {"class": "SmallCLAP", "config": dataclasses.asdict(self.model.config), "training": self.card}
             (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -195,7 +195,7 @@ class ClapReward:
             raise FileNotFoundError(f"no config.json in {folder}: name the folder that ClapReward.save wrote")
         content = json.loads((folder / "config.json").read_text())
         model = SmallCLAP(ClapConfig(**content["config"]), text=text)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(storage.read(folder / "model.safetensors"))
         return cls(model, card=content["training"])
 
 
