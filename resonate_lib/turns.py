@@ -1,0 +1,161 @@
+"""Taking turns on one device: encoder, rollout engine, reward and policy are loaded and released in order.
+
+What has the turn lies on the device, everything else on the CPU or nowhere, so the device holds the largest part and not the
+sum of all. Every move is counted in bytes of tensors; on a CPU nothing moves and the bytes are what a device would hold.
+Source: the resource sharing of arXiv 2509.18569.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Part = nn.Module | torch.optim.Optimizer | Sequence[nn.Module | torch.optim.Optimizer] | Callable[[], Any]
+
+
+class Turns:
+    """Parts that take turns on `device`, and the curve of the bytes that lie there.
+
+    parts: name -> a module, an optimizer (its moments move), a list of those that move together, or a function without
+    arguments that loads one, called when its turn comes and forgotten after it. All that is given leaves the device at once.
+    timeline: a row for each load and release, in order: part, action ("load" or "release"), resident (bytes on the device after
+    it). A function's part counts in `everything` from its first turn on.
+
+        turns = Turns({"policy": [network, optimizer], "reward": lambda: LalmReward.load(folder).model}, "cuda")
+        with turns.take("reward") as model:
+            ...
+    """
+
+    def __init__(self, parts: Mapping[str, Part], device: str | torch.device):
+        if not parts:
+            raise ValueError("no parts: name at least one that takes turns")
+        self.parts, self.device = dict(parts), torch.device(device)
+        self.timeline: list[dict[str, Any]] = []
+        self._here: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+        self._open: tuple[str, ...] = ()
+        for name, part in self.parts.items():
+            if not _loads(part):
+                self._sizes[name] = resident_bytes(part)
+                _move(part, "cpu")
+
+    @contextlib.contextmanager
+    def take(self, *names: str) -> Iterator[Any]:
+        """Within the block the named parts lie on the device; it gets them, a single one by itself, several as a tuple.
+
+        The others are released first. What had the turn stays there until another's turn or `release`. ValueError for a name
+        that is not among the parts; RuntimeError inside another turn.
+        """
+        for name in names:
+            if name not in self.parts:
+                raise ValueError(f"no part {name!r}: allowed are {', '.join(self.parts)}")
+        if self._open:
+            raise RuntimeError(f"{', '.join(self._open)} has the turn: end it first, or take both at once")
+        self._release([name for name in self._here if name not in names])
+        for name in [name for name in names if name not in self._here]:
+            part = self.parts[name]() if _loads(self.parts[name]) else self.parts[name]
+            self._here[name] = _move(part, self.device)
+            self._note(name, "load")
+        self._open = names
+        try:
+            yield self._here[names[0]] if len(names) == 1 else tuple(self._here[name] for name in names)
+        finally:
+            self._open = ()
+            for name in names:  # gradients and moments have come since
+                self._sizes[name] = resident_bytes(self._here[name])
+            self.timeline[-1]["resident"] = max(self.timeline[-1]["resident"], self.resident)
+
+    def release(self) -> None:
+        """Take every part off the device; what a function loaded is forgotten."""
+        self._release(list(self._here))
+
+    def _release(self, names: list[str]) -> None:
+        for name in names:
+            _move(self._here.pop(name), "cpu")
+            self._note(name, "release")
+        if names and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # an engine in another process may want it
+
+    def _note(self, name: str, action: str) -> None:
+        if name in self._here:
+            self._sizes[name] = resident_bytes(self._here[name])
+        self.timeline.append({"part": name, "action": action, "resident": self.resident})
+
+    @property
+    def resident(self) -> int:
+        """Bytes on the device now."""
+        return sum(self._sizes[name] for name in self._here)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that lay on the device at once."""
+        return max((row["resident"] for row in self.timeline), default=0)
+
+    @property
+    def everything(self) -> int:
+        """Bytes that would lie there if every part stayed."""
+        return sum(self._sizes.values())
+
+
+def resident_bytes(part: Any) -> int:
+    """Bytes of a part's tensors: parameters, their gradients, buffers, an optimizer's state; memory that two share counts once."""
+    found = {}
+    for tensor in _tensors(part):
+        storage = tensor.untyped_storage()
+        found[id(storage) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def memory_curve(turns: Turns, *, title: str = ""):
+    """Figure: bytes on the device after each load and release, beside what everything together would take."""
+    from resonate_lib import plots
+
+    figure, axes = plots._axes(size=(7.0, 2.6))
+    ax, rows = axes[0, 0], turns.timeline
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if turns.everything >= u), (1024, "KiB"))
+    colors = {part: plots.COLORS[i % len(plots.COLORS)] for i, part in enumerate(turns.parts)}
+    ax.step(range(len(rows) + 1), [0, *(row["resident"] / unit for row in rows)], where="post", color="black", linewidth=1)
+    for i, row in enumerate(rows, start=1):
+        if row["action"] == "load":
+            ax.bar(i, row["resident"] / unit, width=1, align="edge", color=colors[row["part"]], alpha=0.6)
+    for part, color in colors.items():
+        ax.bar(0, 0, color=color, alpha=0.6, label=part)
+    ax.axhline(turns.everything / unit, color="black", linestyle="--", linewidth=0.8, label="everything resident")
+    ax.set(xlabel="loads and releases", ylabel=f"on the device ({name})", title=title)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _loads(part: Part) -> bool:
+    return callable(part) and not isinstance(part, nn.Module)
+
+
+def _members(part: Any) -> list[Any]:
+    return list(part) if isinstance(part, (list, tuple)) else [part]
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    for member in _members(part):
+        if isinstance(member, nn.Module):
+            for parameter in member.parameters():
+                yield from (parameter, *([] if parameter.grad is None else [parameter.grad]))
+            yield from member.buffers()
+        elif isinstance(member, torch.optim.Optimizer):
+            yield from (value for state in member.state.values() for value in state.values() if torch.is_tensor(value))
+
+
+def _move(part: Any, device: str | torch.device) -> Any:
+    """The part, its tensors on the device; what has none (an engine's client) is left as it is."""
+    for member in _members(part):
+        if isinstance(member, nn.Module):
+            member.to(device)
+        elif isinstance(member, torch.optim.Optimizer):
+            for state in member.state.values():
+                for key, value in state.items():
+                    if torch.is_tensor(value) and value.dim():  # step counts stay on the CPU, as Adam keeps them
+                        state[key] = value.to(device)
+    return part
