@@ -267,6 +267,37 @@ class NFTConfig(Config):
 
 
 @dataclass(frozen=True)
+class DiffROConfig(Config):
+    """Notebook 05: the reward's own gradient through the last steps of sampling (DRaFT, DiffRO)."""
+
+    section: ClassVar[str] = "diffro"
+    steps: int = knob(20, low=0)  # rounds, each with one update; 0: not trained
+    prompts_per_step: int = knob(32, low=1)  # clips a round, one a prompt: no clip is compared with another
+    num_steps: int = knob(10, low=1, high=1000)  # Euler steps per clip
+    last_steps: int = knob(1, low=1)  # of them with a gradient; published: 1, or all
+    guidance_scales: tuple[float, ...] = knob((1.0,), low=0, high=20)  # as for GRPO
+    learning_rate: float = knob(1e-4, above=0, high=1)
+    trained: str = knob("all", choices=TRAINED)  # as for GRPO; published: lora
+    lora_rank: int = knob(32, low=1)
+    lora_alpha: float = knob(64.0, above=0)
+    warmup_steps: int = knob(0, low=0)  # as for GRPO
+    beta: float = knob(0.0, low=0)  # weight of the mean squared velocity difference to the start
+    ema: float = knob(0.0, low=0, high=1)  # as for GRPO
+    max_grad_norm: float = knob(1.0, above=0)
+    decode_iterations: int = knob(2, low=1, high=1000)
+    precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+    sample_batch: int = knob(0, low=0)  # clips decoded and heard at once, with the graph of codec and reward; 0: all of micro_batch
+    micro_batch: int = knob(0, low=0)  # clips sampled, forward and backward, gradients added up; 0: all at once
+    checkpointing: bool = False  # compute blocks again in the backward pass: a third more time, far less memory
+    watch_every: int = knob(0, low=0)  # rounds between two looks of the watch, in whole turns of the guidances; 0: no watch
+    reward: str = "clap"  # must have a gradient: clap, lalm or a sum of the two
+
+    def check(self) -> None:
+        if self.last_steps > self.num_steps:
+            raise ValueError(f"last_steps={self.last_steps}: the sampler takes {self.num_steps} steps; use as many or fewer")
+
+
+@dataclass(frozen=True)
 class PPOConfig(Config):
     """Notebook 08: PPO on the denoising steps of a diffusion generator."""
 
@@ -366,6 +397,7 @@ CONFIGS: tuple[type[Config], ...] = (
     DPOConfig,
     GRPOConfig,
     NFTConfig,
+    DiffROConfig,
     PPOConfig,
     EvalConfig,
     ListenConfig,
@@ -383,7 +415,7 @@ NOTEBOOK_CONFIGS: dict[str, tuple[type[Config], ...]] = {
     "02": (PretrainConfig, RewardConfig),
     "03": (DPOConfig,),
     "04": (GRPOConfig, NFTConfig),
-    "05": (GRPOConfig, RewardConfig),
+    "05": (GRPOConfig, DiffROConfig, RewardConfig),
     "06": (EvalConfig,),
     "07": (ListenConfig,),
     "08": (PPOConfig, DiffusionConfig),
@@ -505,6 +537,12 @@ def derived(config: Config) -> str:
             trained = config.window or config.trainable_steps
             lines.append(f"steps trained    = {trained} of {config.num_steps} per clip")
         return "\n".join(lines)
+    if isinstance(config, DiffROConfig):
+        clips = config.steps * config.prompts_per_step
+        return (
+            f"clips in all     = {config.steps} rounds x {config.prompts_per_step} prompts = {clips}\n"
+            f"with a gradient  = the last {config.last_steps} of {config.num_steps} steps"
+        )
     if isinstance(config, DPOConfig):
         epochs = config.steps * config.batch_size / (config.pairs * config.rounds)
         times = f" x {config.rounds} rounds" if config.rounds > 1 else ""

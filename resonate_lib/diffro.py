@@ -1,12 +1,33 @@
 """Differentiable reward optimisation (DiffRO): the gradient of the reward itself, not an estimate from how clips compare.
 
-For discrete tokens it passes through Gumbel-Softmax draws; what both speech notebooks need of it stands first: the draw, its
-temperature, and which groups are worth learning from. Sources: DiffRO (arXiv 2507.05911, 2509.18569), Gumbel-Softmax
-(arXiv 1611.01144).
+For discrete tokens it passes through Gumbel-Softmax draws: the draw, its temperature, and which groups are worth learning from
+stand first. For the flow it passes through the last steps of sampling: `train`. Sources: DiffRO (arXiv 2507.05911, 2509.18569),
+Gumbel-Softmax (arXiv 1611.01144), DRaFT (arXiv 2309.17400).
 """
+
+import itertools
 
 import torch
 from torch import Tensor
+
+from resonate_lib import flow, online
+from resonate_lib.models.flux_audio import Condition, FluxAudio
+from resonate_lib.online import (
+    SAVE_EVERY,
+    Rollouts,
+    average_in,
+    check_flow,
+    companion_of,
+    draw_records,
+    heard_by,
+    in_parts,
+    learning,
+    make_optimizer,
+    optimizer_step,
+    reference_of,
+    warm_up,
+)
+from resonate_lib.training import autocast, fit
 
 SPREAD_SHARE = 0.05  # of the median: the least that counts as the spread of lengths, so that equal siblings exclude nobody
 
@@ -70,3 +91,116 @@ def keep_groups(
         if len(kept) and not kept.std(correction=0) > min_spread:
             drop("spread", members)
     return mask, counts
+
+
+def sample_last(
+    network: FluxAudio, noise: Tensor, cond: Condition, *, steps: int, last: int, guidance_scale: float, reference=None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x0 (B, N, C) as `samplers.ode_sample` gives it, with a gradient through the last `last` Euler steps, and a KL (B,).
+
+    The steps before are taken without (last = steps: none). kl: the mean over those steps, frames and channels of the squared
+    difference of the guided velocities of network and `reference` (zeros without one) at the states of this path, which count as
+    data. Source: DRaFT-K (arXiv 2309.17400). ValueError where last is not in 1..steps.
+    """
+    if not 1 <= last <= steps:
+        raise ValueError(f"last_steps={last}: allowed are 1 to the {steps} steps of the sampler")
+    grid = list(itertools.pairwise(flow.time_grid(steps).tolist()))
+    x, kl = noise.to(network.latent_mean.device).float(), []
+    with torch.no_grad():
+        text = flow.prepare_text(network, cond, guidance_scale)
+        for t, t_next in grid[: steps - last]:
+            x = x + (t_next - t) * flow.guided(network, x, t, text, guidance_scale)
+        known = None if reference is None else flow.prepare_text(reference, cond, guidance_scale)
+    text = flow.prepare_text(network, cond, guidance_scale)
+    for t, t_next in grid[steps - last :]:
+        if reference is not None:
+            with torch.no_grad():
+                wanted = flow.guided(reference, x.detach(), t, known, guidance_scale)
+            kl.append((flow.guided(network, x.detach(), t, text, guidance_scale) - wanted).square().mean((1, 2)))
+        x = x + (t_next - t) * flow.guided(network, x, t, text, guidance_scale)
+    return x, torch.stack(kl).mean(0) if kl else x.new_zeros(len(x))
+
+
+def reward_slope(generator, reward, latents: Tensor, prompts: list[str], *, iterations: int, at_once: int = 0):
+    """Scores (B,), their gradient to the latents (B, N, C), and the audio (B, T) that was heard, all as data.
+
+    The graph of codec and reward, far larger than the network's, is built and dropped for `at_once` clips at a time (0: all).
+    """
+    scores, slopes, heard = [], [], []
+    for part in online.parts(len(prompts), at_once):
+        leaf = latents[part].detach().float().requires_grad_(True)
+        audio = generator.decode_with_gradient(leaf, iterations=iterations)
+        told = reward.differentiable(audio, generator.sample_rate, prompts[part])
+        slopes.append(torch.autograd.grad(told.sum(), leaf)[0])
+        scores.append(told.detach())
+        heard.append(audio.detach())
+    return torch.cat(scores).float().cpu(), torch.cat(slopes), torch.cat(heard).cpu()
+
+
+def update(generator, network, optimizer, reference, reward, records: list[dict], config, i: int, random) -> tuple[dict, Rollouts]:
+    """One optimizer step on a clip for each record: -mean reward + config.beta * mean KL; returns metrics and what was heard."""
+    prompts = [record["prompt_text"] for record in records]
+    cond = generator.encode_prompts(prompts).to(network.latent_mean.device)
+    noise = torch.randn(len(prompts), *generator.latent_shape, generator=random).to(network.latent_mean.device)
+    scale, device = config.guidance_scales[i % len(config.guidance_scales)], noise.device
+    found: list[tuple] = []
+
+    def backward(part: slice, share: float) -> dict[str, float]:
+        rows = torch.arange(part.start, part.stop)
+        with autocast(config.precision, device.type):
+            x0, kl = sample_last(
+                network, noise[part], cond.index(rows), steps=config.num_steps, last=config.last_steps, guidance_scale=scale,
+                reference=reference,
+            )  # fmt: skip
+        scores, slope, audio = reward_slope(
+            generator, reward, x0, prompts[part], iterations=config.decode_iterations, at_once=config.sample_batch
+        )
+        found.append((x0.detach(), scores, audio))
+        loss = -(slope * x0).flatten(1).sum(1).mean() + config.beta * kl.mean()
+        (loss * share).backward()
+        return {"loss": config.beta * kl.mean().item() - scores.mean().item(), "kl": kl.mean().item(),
+                "slope": slope.flatten(1).norm(dim=1).mean().item()}  # fmt: skip
+
+    metrics = in_parts(backward, len(prompts), config.micro_batch)
+    metrics["grad_norm"] = optimizer_step(network, optimizer, config.max_grad_norm)
+    latents, rewards, audio = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+    ids = torch.tensor([numbers[prompt] for prompt in prompts])
+    rollouts = Rollouts(latents, cond, rewards, {}, ids, None, None, prompts, audio, scale, records, generator.sample_rate)
+    return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()} | metrics, rollouts
+
+
+def train(
+    generator, reward, records: list[dict], config, *, seed: int = 0, checkpoint=None, callback=None, watch=None
+) -> list[dict]:
+    """DiffRO on generator.network, in place: each round one clip for each of config.prompts_per_step prompts and one optimizer step
+    up the reward's own gradient, through codec and the last config.last_steps of sampling; returns one dict of metrics a round.
+
+    reward: must have `differentiable` (ValueError otherwise); generator: must have `decode_with_gradient`. The reference of the KL
+    is the network as it is when this is called. Guidances, average, callback, watch and resuming: as for `grpo.train`. Metrics:
+    reward_mean, reward_std; loss; kl (`sample_last`); slope, the mean norm of a clip's gradient to its latents; grad_norm.
+    Sources: DRaFT (arXiv 2309.17400); the KL as DiffRO (arXiv 2507.05911) has one.
+    """
+    check_flow(generator, "DiffRO")
+    with learning(generator.network.train(), config, seed=seed) as policy:
+        reference = reference_of(policy) if config.beta > 0 else None
+        average = companion_of(policy, "average") if config.ema else policy
+        optimizer = make_optimizer(policy, config.learning_rate)
+
+        def step(i: int, random: torch.Generator) -> dict[str, float]:
+            warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
+            chosen = draw_records(records, config.prompts_per_step, random)
+            metrics, heard = update(generator, policy, optimizer, reference, reward, chosen, config, i, random)
+            metrics |= heard_by(watch, heard, config, i)
+            if config.ema:
+                average_in(average, policy, i, config.ema)
+            if callback is not None:
+                callback(i, metrics)
+            return metrics
+
+        modules = {"network": policy, "optimizer": optimizer} | ({"average": average} if config.ema else {})
+        modules |= {"watch": watch} if hasattr(watch, "state_dict") else {}
+        history = fit(step, steps=config.steps, modules=modules, label="DiffRO", seed=seed, checkpoint=checkpoint,
+                      save_every=SAVE_EVERY)
+        policy.load_state_dict(average.state_dict())
+    return history

@@ -185,6 +185,10 @@ class Generator:
         raw = self.network.unnormalize(latents) if normalised else latents
         return self.codec.decode(raw, iterations=iterations, limit=limit).cpu()
 
+    def decode_with_gradient(self, latents: torch.Tensor, *, iterations: int = LISTENING_ITERATIONS) -> torch.Tensor:
+        """Latents (B, N, C) -> waveforms (B, T) as `decode` gives them, on the codec's device, with a gradient to the latents."""
+        return self.codec.decode_with_gradient(self.network.unnormalize(latents.float()), iterations=iterations)
+
     def save(self, folder, *, bits: int | None = None, **facts):
         """network.safetensors, codec.safetensors, generator.json (configuration and the facts given). bits: a weight's on disk, 32,
         16 or 8 (see `storage.packed`); the codec, which everything is heard through, never has fewer than 16.

@@ -86,6 +86,18 @@ class Checked:
                 raise ValueError(f"reward {self.name!r}: {batch} clips but {len(values)} {what}; give one for each")
         return check_result(self.reward(audio, sample_rate, prompts, metadata), batch, self.name)
 
+    def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
+        """The scores (B,) with their gradient to the audio (B, T), on the audio's device.
+
+        ValueError where the reward has none: a server, a user's function, or one that cannot ask without the prompt records.
+        """
+        if not hasattr(self.reward, "differentiable"):
+            raise ValueError(f"reward {self.name!r} has no gradient: DiffRO needs clap, lalm or a sum of the two")
+        scores = self.reward.differentiable(audio, sample_rate, prompts).to(audio.device)
+        if tuple(scores.shape) != (len(audio),) or not bool(torch.isfinite(scores).all()):
+            raise ValueError(f"reward {self.name!r}: {len(audio)} finite scores are needed, got shape {tuple(scores.shape)}")
+        return scores
+
 
 class WeightedMix:
     """The per-sample weighted sum of rewards (not divided by the weights' sum), as in the published multi-reward.
@@ -109,6 +121,10 @@ class WeightedMix:
             parts[name] = result.scores
             parts.update({f"{name}/{key}": part for key, part in result.parts.items()})
         return RewardResult(scores, parts)
+
+    def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
+        """The weighted sum (B,) with its gradient to the audio. ValueError where a term has none."""
+        return sum(weight * reward.differentiable(audio, sample_rate, prompts) for weight, _, reward in self.terms)
 
 
 class FunctionReward:

@@ -168,6 +168,14 @@ class ClapReward:
         texts, sounds = self.embed_text(prompts), self.embed_audio(audio, sample_rate)
         return RewardResult((sounds * texts).sum(-1).clamp(-1, 1))
 
+    def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
+        """The cosines (B,) with their gradient to the audio (B, T), all clips at once, on the model's device."""
+        config = self.model.config
+        clips = to_clip(audio.float(), sample_rate, config.sample_rate, config.seconds)
+        with torch.no_grad():
+            texts = self.model.encode_text(prompts)
+        return (self.model.encode_audio(clips) * texts).sum(-1)
+
     @torch.no_grad()
     def embed_audio(self, audio: Tensor, sample_rate: int) -> Tensor:
         """audio (B, T) in [-1, 1] -> unit vectors (B, embedding) on the CPU."""

@@ -134,8 +134,13 @@ def load_roberta(source: str | Path):
 
 
 def quantise(audio: Tensor) -> Tensor:
-    """audio clipped to [-1, 1] and cut to 16 bits (toward zero), as the network heard it in training; float32."""
-    return (audio.clamp(-1, 1) * 32767.0).to(torch.int16) / 32767.0
+    """audio clipped to [-1, 1] and cut to 16 bits (toward zero), as the network heard it in training; float32.
+
+    The gradient passes as if nothing were cut.
+    """
+    audio = audio.clamp(-1, 1)
+    cut = (audio.detach() * 32767.0).to(torch.int16) / 32767.0
+    return cut + (audio - audio.detach()) if audio.requires_grad else cut
 
 
 def fit_clip(audio: Tensor, samples: int = CLIP_SAMPLES) -> Tensor:
@@ -165,11 +170,11 @@ def check_audio(audio: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, no TF32 in convolutions: this network takes its spectrogram by one."""
+def exact_float32(device: torch.device, *, gradients: bool = False) -> Iterator[None]:
+    """No autocast, no TF32 in convolutions: this network takes its spectrogram by one. No gradients unless asked for."""
     cudnn = torch.backends.cudnn
     with (
-        torch.no_grad(),
+        torch.set_grad_enabled(gradients),
         torch.autocast(device.type, enabled=False),
         cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False),
     ):
@@ -220,10 +225,13 @@ class LaionClapReward:
     def embed_audio(self, audio: Tensor, sample_rate: int) -> Tensor:
         """audio (B, T) in [-1, 1] -> unit vectors (B, 512), float32 on the CPU."""
         audio = check_audio(audio)
-        rate = 44000 if self.published_rate and sample_rate == 44100 else sample_rate
+        rate = self._rate(sample_rate)
         with exact_float32(self.device):
             parts = [self._embed_clips(part.to(self.device), rate) for part in audio.split(self.batch_size)]
         return torch.cat(parts).cpu()
+
+    def _rate(self, sample_rate: int) -> int:
+        return 44000 if self.published_rate and sample_rate == 44100 else sample_rate
 
     def _embed_clips(self, audio: Tensor, rate: int) -> Tensor:
         audio = torchaudio.functional.resample(audio, int(rate), SAMPLE_RATE)
@@ -246,7 +254,15 @@ class LaionClapReward:
     def __call__(
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
     ) -> RewardResult:
-        sounds = self.embed_audio(audio, sample_rate)
+        return RewardResult((self.embed_audio(audio, sample_rate) * self._texts(prompts)).sum(-1).clamp(-1, 1))
+
+    def _texts(self, prompts: Sequence[str]) -> Tensor:
         row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}  # a group shares its prompt
-        texts = self.embed_text(list(row))[[row[prompt] for prompt in prompts]]
-        return RewardResult((sounds * texts).sum(-1).clamp(-1, 1))
+        return self.embed_text(list(row))[[row[prompt] for prompt in prompts]]
+
+    def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
+        """The cosines (B,) with their gradient to the audio (B, T), on the model's device."""
+        check_audio(audio)
+        with exact_float32(self.device, gradients=True):
+            sounds = self._embed_clips(audio.float().to(self.device), self._rate(sample_rate))
+        return (sounds * self._texts(prompts).to(sounds)).sum(-1)

@@ -247,6 +247,9 @@ class LalmReward:
     @torch.no_grad()
     def logits(self, clips: Tensor, questions: Sequence[str]) -> Tensor:
         """Logits (B, vocabulary) of the answer's first token; only the last position goes through the output layer."""
+        return self._logits(clips, questions)
+
+    def _logits(self, clips: Tensor, questions: Sequence[str]) -> Tensor:
         inputs = self.inputs(clips, questions)
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         hidden = self.model.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
@@ -301,6 +304,12 @@ class LalmReward:
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
     ) -> RewardResult:
         return self.ask(audio, sample_rate, published(prompts))
+
+    def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
+        """The scores (B,) with their gradient to the audio (B, T), all clips at once, on the model's device."""
+        extractor = self.processor.feature_extractor
+        clips = to_clip(audio.float(), sample_rate, extractor.sampling_rate, extractor.chunk_length)
+        return yes_or_no(self._logits(clips, published(prompts)), self.yes, self.no)[0].sigmoid()
 
     def save(self, directory: str | Path) -> None:
         """Writes the model (safetensors) and processor as transformers does, and model_card.json beside them."""

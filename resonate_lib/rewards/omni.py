@@ -181,6 +181,9 @@ class AudioJudge:
     @torch.no_grad()
     def logits(self, clips: Sequence[Tensor], questions: Sequence[str], of: Sequence[int] | None = None) -> Tensor:
         """Logits (Q, vocabulary) float32 of the answer's first token; only the last position goes through the output layer."""
+        return self._logits(clips, questions, of)
+
+    def _logits(self, clips: Sequence[Tensor], questions: Sequence[str], of: Sequence[int] | None = None) -> Tensor:
         inputs = self.inputs(clips, questions, of)
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         hidden = self.model.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state[:, -1]
@@ -222,6 +225,12 @@ class AudioJudge:
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
     ) -> RewardResult:
         return self.ask(audio, sample_rate, published(prompts))
+
+    def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
+        """The scores (B,) with their gradient to the audio (B, T), all clips at once, on the model's device; by the sigmoid,
+        whatever the fallback."""
+        logits = self._logits(self._heard(audio, sample_rate, prompts), published(prompts))
+        return yes_or_no(logits, self.yes, self.no)[0].sigmoid()
 
 
 def judged(logit: Tensor, mass: Tensor, answered: Tensor, fallback: str) -> RewardResult:
