@@ -283,6 +283,7 @@ class DiffROConfig(Config):
     warmup_steps: int = knob(0, low=0)  # as for GRPO
     beta: float = knob(0.0, low=0)  # weight of the mean squared velocity difference to the start
     ema: float = knob(0.0, low=0, high=1)  # as for GRPO
+    slope_limit: float = knob(1.5, low=0)  # most that a clip's gradient may measure, in medians over micro_batch; 0: no limit
     max_grad_norm: float = knob(1.0, above=0)
     decode_iterations: int = knob(2, low=1, high=1000)
     precision: str = knob("auto", choices=("auto", "float32", "bf16"))

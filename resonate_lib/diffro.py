@@ -25,8 +25,10 @@ from resonate_lib.online import (
     make_optimizer,
     optimizer_step,
     reference_of,
+    reward_metrics,
     warm_up,
 )
+from resonate_lib.rewards.base import RewardResult
 from resonate_lib.training import autocast, fit
 
 SPREAD_SHARE = 0.05  # of the median: the least that counts as the spread of lengths, so that equal siblings exclude nobody
@@ -121,24 +123,31 @@ def sample_last(
     return x, torch.stack(kl).mean(0) if kl else x.new_zeros(len(x))
 
 
-def reward_slope(generator, reward, latents: Tensor, prompts: list[str], *, iterations: int, at_once: int = 0):
-    """Scores (B,), their gradient to the latents (B, N, C), and the audio (B, T) that was heard, all as data.
+def reward_slope(generator, reward, latents: Tensor, records: list[dict], *, iterations: int, at_once: int = 0, limit: float = 0.0):
+    """What the reward says of B latents (B, N, C), and where it rises: (slope (B, N, C), audio (B, T), RewardResult), all as data.
 
-    The graph of codec and reward, far larger than the network's, is built and dropped for `at_once` clips at a time (0: all).
+    The slope is the gradient of `reward.differentiable`. limit > 0: a clip's whose norm exceeds `limit` medians of the B is scaled
+    down to that, so that a few steep clips do not decide alone. The graph of codec and reward, far larger than the network's, is
+    built and dropped for `at_once` clips at a time (0: all).
     """
-    scores, slopes, heard = [], [], []
-    for part in online.parts(len(prompts), at_once):
+    slopes, heard, told, prompts = [], [], [], [record["prompt_text"] for record in records]
+    for part in online.parts(len(records), at_once):
         leaf = latents[part].detach().float().requires_grad_(True)
         audio = generator.decode_with_gradient(leaf, iterations=iterations)
-        told = reward.differentiable(audio, generator.sample_rate, prompts[part])
-        slopes.append(torch.autograd.grad(told.sum(), leaf)[0])
-        scores.append(told.detach())
+        climbed = reward.differentiable(audio, generator.sample_rate, prompts[part])
+        slopes.append(torch.autograd.grad(climbed.sum(), leaf)[0])
         heard.append(audio.detach())
-    return torch.cat(scores).float().cpu(), torch.cat(slopes), torch.cat(heard).cpu()
+        told.append(reward(heard[-1], generator.sample_rate, prompts[part], records[part]))
+    slope = torch.cat(slopes)
+    if limit:
+        norm = slope.flatten(1).norm(dim=1)
+        slope = slope * (limit * norm.median() / norm.clamp_min(1e-30)).clamp(max=1.0)[:, None, None]
+    parts = {name: torch.cat([one.parts[name] for one in told]) for name in told[0].parts}
+    return slope, torch.cat(heard).cpu(), RewardResult(torch.cat([one.scores for one in told]).float().cpu(), parts)
 
 
 def update(generator, network, optimizer, reference, reward, records: list[dict], config, i: int, random) -> tuple[dict, Rollouts]:
-    """One optimizer step on a clip for each record: -mean reward + config.beta * mean KL; returns metrics and what was heard."""
+    """One optimizer step on a clip for each record: -mean climbed reward + config.beta * mean KL; returns metrics and rollouts."""
     prompts = [record["prompt_text"] for record in records]
     cond = generator.encode_prompts(prompts).to(network.latent_mean.device)
     noise = torch.randn(len(prompts), *generator.latent_shape, generator=random).to(network.latent_mean.device)
@@ -146,28 +155,31 @@ def update(generator, network, optimizer, reference, reward, records: list[dict]
     found: list[tuple] = []
 
     def backward(part: slice, share: float) -> dict[str, float]:
-        rows = torch.arange(part.start, part.stop)
         with autocast(config.precision, device.type):
             x0, kl = sample_last(
-                network, noise[part], cond.index(rows), steps=config.num_steps, last=config.last_steps, guidance_scale=scale,
-                reference=reference,
+                network, noise[part], cond.index(torch.arange(part.start, part.stop)), steps=config.num_steps,
+                last=config.last_steps, guidance_scale=scale, reference=reference,
             )  # fmt: skip
-        scores, slope, audio = reward_slope(
-            generator, reward, x0, prompts[part], iterations=config.decode_iterations, at_once=config.sample_batch
-        )
-        found.append((x0.detach(), scores, audio))
+        slope, audio, told = reward_slope(
+            generator, reward, x0, records[part], iterations=config.decode_iterations, at_once=config.sample_batch,
+            limit=config.slope_limit,
+        )  # fmt: skip
+        found.append((x0.detach(), audio, told))
         loss = -(slope * x0).flatten(1).sum(1).mean() + config.beta * kl.mean()
         (loss * share).backward()
-        return {"loss": config.beta * kl.mean().item() - scores.mean().item(), "kl": kl.mean().item(),
-                "slope": slope.flatten(1).norm(dim=1).mean().item()}  # fmt: skip
+        return {"kl": kl.mean().item(), "slope": slope.flatten(1).norm(dim=1).mean().item()}
 
     metrics = in_parts(backward, len(prompts), config.micro_batch)
     metrics["grad_norm"] = optimizer_step(network, optimizer, config.max_grad_norm)
-    latents, rewards, audio = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    latents, audio = (torch.cat([one[place] for one in found]) for place in (0, 1))
+    rewards = torch.cat([one[2].scores for one in found])
+    parts = {name: torch.cat([one[2].parts[name] for one in found]) for name in found[0][2].parts}
     numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
     ids = torch.tensor([numbers[prompt] for prompt in prompts])
-    rollouts = Rollouts(latents, cond, rewards, {}, ids, None, None, prompts, audio, scale, records, generator.sample_rate)
-    return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()} | metrics, rollouts
+    rollouts = Rollouts(latents, cond, rewards, parts, ids, None, None, prompts, audio, scale, records, generator.sample_rate)
+    told = reward_metrics(rollouts)
+    del told["zero_groups"]  # of groups there are none: each clip has a prompt of its own
+    return told | metrics, rollouts
 
 
 def train(
@@ -176,9 +188,10 @@ def train(
     """DiffRO on generator.network, in place: each round one clip for each of config.prompts_per_step prompts and one optimizer step
     up the reward's own gradient, through codec and the last config.last_steps of sampling; returns one dict of metrics a round.
 
-    reward: must have `differentiable` (ValueError otherwise); generator: must have `decode_with_gradient`. The reference of the KL
-    is the network as it is when this is called. Guidances, average, callback, watch and resuming: as for `grpo.train`. Metrics:
-    reward_mean, reward_std; loss; kl (`sample_last`); slope, the mean norm of a clip's gradient to its latents; grad_norm.
+    reward: must have `differentiable` (ValueError otherwise), which is climbed; scores are those of its call. generator: must have
+    `decode_with_gradient`. The reference of the KL is the network as it is when this is called. Guidances, average, callback, watch
+    and resuming: as for `grpo.train`. Metrics: reward_mean, reward_std, part_*; kl (`sample_last`); slope, the mean norm of the
+    clips' slopes (`reward_slope`); grad_norm.
     Sources: DRaFT (arXiv 2309.17400); the KL as DiffRO (arXiv 2507.05911) has one.
     """
     check_flow(generator, "DiffRO")

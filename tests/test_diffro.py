@@ -18,6 +18,7 @@ from resonate_lib import diffro, samplers
 from resonate_lib.config import DiffROConfig
 from resonate_lib.models.codec import MelCodec, VaeCodec
 from resonate_lib.rewards import load_reward
+from resonate_lib.rewards.base import RewardResult
 from resonate_lib.rewards.laion import LaionClapReward
 from resonate_lib.rewards.omni import load_judge
 
@@ -149,12 +150,17 @@ class ToyWorld(ToyGenerator):
 class ToyReward:
     """Best where the audio's mean is 0.3."""
 
+    def __call__(self, audio, sample_rate, prompts, metadata=None):
+        assert [record["prompt_text"] for record in metadata] == prompts and not audio.requires_grad
+        scores = self.differentiable(audio, sample_rate, prompts)
+        return RewardResult(scores, {"power": audio.square().mean(1)})
+
     def differentiable(self, audio, sample_rate, prompts):
         assert sample_rate == 8 and len(prompts) == len(audio)
         return 1 - (audio.mean(1) - 0.3).square()
 
 
-PLAIN = {"num_steps": 4, "last_steps": 2, "prompts_per_step": 4, "precision": "float32", "trained": "all"}
+PLAIN = {"num_steps": 4, "last_steps": 2, "prompts_per_step": 4, "precision": "float32", "slope_limit": 0.0}
 CONFIG = DiffROConfig(steps=3, learning_rate=1e-3, guidance_scales=(1.0, 2.0), beta=0.1, ema=0.5, **PLAIN)
 
 
@@ -212,20 +218,21 @@ def test_all_steps_agree_with_finite_differences_in_the_weights():
 
     def reward():
         x0, _ = diffro.sample_last(network, noise, cond, steps=4, last=4, guidance_scale=2.0)
-        return diffro.reward_slope(world, ToyReward(), x0, ["a", "b"], iterations=1), x0
+        return diffro.reward_slope(world, ToyReward(), x0, RECORDS[:2], iterations=1), x0
 
-    (_, slope, audio), x0 = reward()
+    (slope, audio, told), x0 = reward()
     exact = torch.autograd.grad((slope * x0).sum(), weight)[0]
     ode = samplers.ode_sample(network, noise, cond, steps=4, guidance_scale=2.0)
     torch.testing.assert_close(x0, ode, rtol=0, atol=0)
     torch.testing.assert_close(audio, torch.tanh(ode).flatten(1))
+    torch.testing.assert_close(told.scores, ToyReward().differentiable(audio, 8, ["", ""]))
     draw, step = torch.Generator().manual_seed(4), 1e-3
     for _ in range(3):
         direction, sides = torch.randn(weight.shape, generator=draw), []
         for sign in (1, -1):
             with torch.no_grad():
                 weight.add_(sign * step * direction)
-            sides.append(reward()[0][0].sum().item())
+            sides.append(reward()[0][2].scores.sum().item())
             with torch.no_grad():
                 weight.sub_(sign * step * direction)
         assert (sides[0] - sides[1]) / (2 * step) == pytest.approx((exact * direction).sum().item(), rel=0.03, abs=3e-4)
@@ -301,14 +308,27 @@ def test_the_watch_hears_the_clips_of_the_round():
     torch.testing.assert_close(one.rewards, told)
     torch.testing.assert_close(one.audio, torch.tanh(one.latents.flatten(1)))
     assert history[0]["reward_mean"] == pytest.approx(told.mean().item())
+    assert history[0]["part_power"] == pytest.approx(one.audio.square().mean().item()) and "zero_groups" not in history[0]
+
+
+def test_steep_clips_are_held_to_a_multiple_of_the_median():
+    world, latents = ToyWorld(), torch.arange(-3.0, 3.0)[:, None, None] * torch.ones(1, 5, 6) / 4
+    free, held = (
+        diffro.reward_slope(world, ToyReward(), latents, RECORDS, iterations=1, limit=limit)[0] for limit in (0.0, 1.2)
+    )
+    norms = free.flatten(1).norm(dim=1)
+    most = 1.2 * norms.median()
+    assert 0 < int((norms > most).sum()) < 6
+    torch.testing.assert_close(held.flatten(1).norm(dim=1), norms.clamp(max=most))
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(held.flatten(1), free.flatten(1)), torch.ones(6))
 
 
 # ------------------------------------------------------------------------------- rewards and codecs with a gradient
-def check_slopes(reward, audio, rate, *, step, rel):
-    """The scores are those of the call, and halfway between the gradient and a random direction they rise as the gradient says."""
+def check_slopes(reward, audio, rate, *, step, rel, climbed=torch.exp):
+    """`climbed` makes the call's scores of what is climbed, and halfway to a random direction that rises as its gradient says."""
     prompts, leaf = ["A dog barks", "Rain falls"], audio.clone().requires_grad_(True)
     scores = reward.differentiable(leaf, rate, prompts)
-    torch.testing.assert_close(scores.detach(), reward(audio, rate, prompts).scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(climbed(scores.detach()), reward(audio, rate, prompts).scores, rtol=1e-4, atol=1e-5)
     gradient = torch.autograd.grad(scores.sum(), leaf)[0]
     other = torch.randn(audio.shape, generator=torch.Generator().manual_seed(1))
     direction = sum(one / one.norm(dim=1, keepdim=True) for one in (gradient, other))
@@ -325,8 +345,11 @@ def noise_clips(samples):
 
 def test_the_small_rewards_and_their_sum_have_their_gradient(clap, lalm):  # noqa: F811
     audio = noise_clips(64_000)
-    for spec, step in (("clap", 0.03), ("lalm", 0.03), ("lalm+2*clap", 0.03)):
-        check_slopes(load_reward(spec, clap=clap, lalm=lalm), audio, 16_000, step=step, rel=0.02)
+    rewards = {spec: load_reward(spec, clap=clap, lalm=lalm) for spec in ("clap", "lalm", "0.5*lalm+2*clap")}
+    check_slopes(rewards["clap"], audio, 16_000, step=0.03, rel=0.02, climbed=lambda cosines: cosines)
+    check_slopes(rewards["lalm"], audio, 16_000, step=0.03, rel=0.02)
+    one, other, both = (reward.differentiable(audio, 16_000, ["Rain", "A dog"]) for reward in rewards.values())
+    torch.testing.assert_close(both, 0.5 * other + 2 * one)
     parameter = next(clap.model.audio_tower.parameters())
     assert parameter.grad is None  # the reward itself learns nothing
 
@@ -342,7 +365,8 @@ def test_judges_of_transformers_have_their_gradient(kind, step, tmp_path):
 
 def test_laion_clap_has_its_gradient(tmp_path):
     checkpoint, roberta, _ = make_miniature(tmp_path)
-    check_slopes(LaionClapReward.load(checkpoint, roberta, device="cpu"), noise_clips(480_000), 48_000, step=0.1, rel=0.05)
+    reward = LaionClapReward.load(checkpoint, roberta, device="cpu")
+    check_slopes(reward, noise_clips(480_000), 48_000, step=0.1, rel=0.05, climbed=lambda cosines: cosines)
 
 
 def test_a_reward_without_a_gradient_is_one_clear_line(clap):  # noqa: F811

@@ -87,7 +87,8 @@ class Checked:
         return check_result(self.reward(audio, sample_rate, prompts, metadata), batch, self.name)
 
     def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
-        """The scores (B,) with their gradient to the audio (B, T), on the audio's device.
+        """What a generator climbs, (B,) with its gradient to the audio (B, T), on the audio's device: a CLAP's cosine, the
+        logarithm of an LALM's score, the weighted sum of these.
 
         ValueError where the reward has none: a server, a user's function, or one that cannot ask without the prompt records.
         """

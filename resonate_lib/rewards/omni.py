@@ -227,10 +227,10 @@ class AudioJudge:
         return self.ask(audio, sample_rate, published(prompts))
 
     def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
-        """The scores (B,) with their gradient to the audio (B, T), all clips at once, on the model's device; by the sigmoid,
-        whatever the fallback."""
+        """The logarithm of the scores (B,) with its gradient to the audio (B, T), all clips at once, on the model's device; by the
+        sigmoid, whatever the fallback."""
         logits = self._logits(self._heard(audio, sample_rate, prompts), published(prompts))
-        return yes_or_no(logits, self.yes, self.no)[0].sigmoid()
+        return nn.functional.logsigmoid(yes_or_no(logits, self.yes, self.no)[0])
 
 
 def judged(logit: Tensor, mass: Tensor, answered: Tensor, fallback: str) -> RewardResult:
