@@ -29,12 +29,12 @@ from resonate_lib.models.pretrained import PARTS, beside, flux_config, locate, r
 TRIAL = "own reward"  # of notebook 04: one small round of GRPO, with all its networks still there
 HACK = "planted hack"  # its last training: NFT once more, in rounds that are no larger
 # Of 08 the stages of the flow: PPO's network is a pipeline's, whose shapes are not known here.
-STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", TRIAL, HACK), "05": ("grpo",),
+STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", TRIAL, HACK), "05": ("grpo", "diffro"),
           "08": ("grpo", "nft", "dpo")}  # fmt: skip
 # Networks that a notebook holds besides that of its stage: the base, and students of earlier stages.
 BESIDE = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, f"04 {TRIAL}": 3, f"04 {HACK}": 3}
-BESIDE |= {"05 grpo": 1, "08 grpo": 1, "08 nft": 2, "08 dpo": 3}
-SYSTEMS = {"00": 2, "06": 6, "07": 5}  # networks of the notebooks that only generate: the base and what was tuned
+BESIDE |= {"05 grpo": 1, "05 diffro": 2, "08 grpo": 1, "08 nft": 2, "08 dpo": 3}
+SYSTEMS = {"00": 2, "06": 7, "07": 5}  # networks of the notebooks that only generate: the base and what was tuned
 HEARING = {  # who hears, besides the reward lines
     "02": ("clap", "lalm", "clap_eval", "lalm_eval"),
     "04": ("clap_eval", "aesthetics"),  # the watch, as in 05
@@ -49,6 +49,7 @@ NOT_QUANTISED = 2_500_000_000  # word embeddings and output layer of Qwen2-Audio
 T5_ENCODER = 0.44  # of FLAN-T5's file: the decoder is not built
 # Bytes that scorers work in for a batch of 16 clips; allowances, not measurements.
 SCORING = {"clap": 1_000_000_000, "aesthetics": 1_000_000_000, "lalm": 2_000_000_000, "msclap": 0}
+GRAPH = 3  # times as much for a reward whose gradient is asked for
 PROCESS = 2_000_000_000  # of MS-CLAP, which has a process of its own: the driver once more, and its work
 TOKENIZERS = {"clap": ("roberta", "roberta_source"), "msclap": ("gpt2", "gpt2_source")}  # {scorer: part, where it comes from}
 LAYOUTS = {  # file sets, any of which is enough, where the reader asks for other files than the list of parts names
@@ -70,14 +71,15 @@ def plans(config: Mapping[str, Mapping[str, Any]], notebooks: list[str], paramet
         given = parameters.get(number, {})
         for place, section in enumerate(STAGES.get(number, ())):
             name, stage = f"{number} {section}", _stage(config, number, section, given)
+            if not stage.steps:
+                continue
             held = {f"networks held beside: {BESIDE[name]}, float32": BESIDE[name] * _bytes(build)}
             judges = _judges(config, number, given, STAGES[number][: place + 1])
             held |= _published(config) | judges | (_pipeline(config) if number == "08" else {})
-            clips = memory.batches(stage)[1]
-            rows = memory.plan(
-                build, stage, device=device, held=held, scoring=_scoring(judges) if clips else 0,
-                decoding=memory.decoding(clips, seconds=config["suite"]["seconds"], device=device),
-            )  # fmt: skip
+            clips, climbed = memory.batches(stage)[1], section == "diffro"
+            scoring = (GRAPH if climbed else 1) * _scoring(judges) if clips else 0
+            decoding = memory.decoding(clips, seconds=config["suite"]["seconds"], device=device, gradients=climbed)
+            rows = memory.plan(build, stage, device=device, held=held, scoring=scoring, decoding=decoding)
             found[name] = [replace(row, knobs=_advice(row.part, number)) if row.part in held else row for row in rows]
         if number in SYSTEMS:
             found[number] = _generating(config, number, given, build, device)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resonate_lib import dpo, flow, online, training
-from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PretrainConfig
+from resonate_lib.config import DiffROConfig, DPOConfig, GRPOConfig, NFTConfig, PretrainConfig
 from resonate_lib.knobs import Config
 from resonate_lib.models import codec, layers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
@@ -206,20 +206,23 @@ def _block(network, live: Live, batch, precision, device) -> int:
 
 
 @lru_cache(maxsize=8)
-def decoding(clips: int, *, seconds: float = 10.0, device: str = "cpu") -> int:
+def decoding(clips: int, *, seconds: float = 10.0, device: str = "cpu", gradients: bool = False) -> int:
     """Bytes at most while the published 44.1 kHz autoencoder and vocoder decode `clips` clips, a few at a time, in seconds.
+    gradients: what their graph keeps, of all at once.
 
     cuDNN's workspaces, which no shape tells, are part of ALLOWANCE.
     """
     if not clips:
         return 0
-    with _shapes_only(device), Live() as live, torch.no_grad():
+    with _shapes_only(device), Live() as live, torch.set_grad_enabled(gradients):
         whole = codec.VaeCodec("44k", seconds=seconds)
-        latents = torch.empty(min(clips, codec.AT_A_TIME), whole.latent_dim, whole.latent_len)
+        clips_at_once = clips if gradients else min(clips, codec.AT_A_TIME)
+        latents = torch.empty(clips_at_once, whole.latent_dim, whole.latent_len, requires_grad=gradients)
         before = live.start()
         mel = whole.vae.decoder(latents)  # its own `decode` first looks at the weights' values, which shapes have not
-        whole.vocoder(mel)
+        kept = whole.vocoder(mel)
         most = live.peak - before
+        del mel, kept
     return most + 2 * clips * whole.samples * 4  # the clips so far, and their copy within full scale
 
 
@@ -230,6 +233,9 @@ def batches(config: Config) -> tuple[int, int]:
     if isinstance(config, DPOConfig):
         sampled = 2 * min(config.pairs, dpo.PROMPTS_PER_BATCH)
         return 2 * _largest(min(config.batch_size, config.pairs), config.micro_batch // 2), _largest(sampled, config.sample_batch)
+    if isinstance(config, DiffROConfig):
+        sampled = _largest(config.prompts_per_step, config.micro_batch)
+        return sampled, _largest(sampled, config.sample_batch)
     clips = config.prompts_per_step * config.group_size
     if isinstance(config, NFTConfig):
         update = -(-config.prompts_per_step // config.minibatches) * config.group_size
@@ -246,16 +252,19 @@ def plan(
     build: Callable[[], FluxAudio], config: Config, *, device: str = "cuda", held: dict[str, int] | None = None,
     decoding: int = 0, scoring: int = 0,
 ) -> list[Row]:  # fmt: skip
-    """The rows of one stage: build() makes its network, config is its PretrainConfig, DPOConfig, GRPOConfig or NFTConfig.
+    """The rows of one stage: build() makes its network, config is its PretrainConfig, DPOConfig, GRPOConfig, NFTConfig or
+    DiffROConfig.
 
     held: bytes of whatever else is on the device throughout (codec, text encoder, reward models; see `file_bytes`).
     decoding, scoring: bytes that the codec (see `decoding`) and the reward work in for one sampled batch.
     """
     clips, sampled = batches(config)
+    differentiated = isinstance(config, DiffROConfig)  # the sampling's graph is kept while the codec's and the reward's are there
     scales = getattr(config, "guidance_scales", None) or (getattr(config, "guidance_scale", 1.0),)
     trained = getattr(config, "trained", "all")
     use = measure(
-        build, clips=clips, guidance_scale=max(scales) if isinstance(config, GRPOConfig) else 1.0, sample_clips=sampled,
+        build, clips=clips, guidance_scale=max(scales) if isinstance(config, (GRPOConfig, DiffROConfig)) else 1.0,
+        sample_clips=0 if differentiated else sampled,
         sample_guidance=max(scales), precision=config.precision, device=device, trained=trained,
         lora_rank=getattr(config, "lora_rank", 0), checkpointing=config.checkpointing,
     )  # fmt: skip
@@ -267,15 +276,21 @@ def plan(
     rows += [Row(name, use.trained if adapted else use.weights, "", lora) for name in _copies(config)]
     rows += [Row("optimizer state", 2 * use.trained, "", lora), Row("stored clips", _stored(config, use))]
     rows += [Row("driver and libraries", 0 if device == "cpu" else ALLOWANCE), Row("gradients", use.trained, "update", lora)]
-    rows.append(Row(f"activations of {clips} clips", use.update, "update", less))
+    if differentiated:
+        rows.append(Row(f"activations of {clips} clips, {config.last_steps} steps", config.last_steps * use.kept, "", less))
+        rows.append(Row("one step's backward", use.update - use.kept, "update", less))
+    else:
+        rows.append(Row(f"activations of {clips} clips", use.update, "update", less))
     rows.append(Row(f"sampling {sampled} clips", use.sampling, "sampling", (f"sample_batch below {sampled}",)))
-    rows += [Row(f"decoding {sampled} clips", decoding, "decoding"), Row(f"scoring {sampled} clips", scoring, "scoring")]
+    both = "hearing" if differentiated else ""  # one graph
+    rows += [Row(f"decoding {sampled} clips", decoding, both or "decoding")]
+    rows += [Row(f"scoring {sampled} clips", scoring, both or "scoring")]
     return [row for row in rows if row.bytes]
 
 
 def _copies(config: Config) -> list[str]:
     """Other versions of what learns that a training holds; the reference of LoRA is the network itself."""
-    compared = isinstance(config, DPOConfig) or getattr(config, "beta" if isinstance(config, GRPOConfig) else "beta_kl", 0)
+    compared = isinstance(config, DPOConfig) or getattr(config, "beta_kl" if isinstance(config, NFTConfig) else "beta", 0)
     names = ["reference"] if compared and config.trained != "lora" else []
     names += ["old policy"] if isinstance(config, NFTConfig) else []
     return names + (["averaged weights"] if getattr(config, "ema", 0) else [])
@@ -288,7 +303,7 @@ def _stored(config: Config, use: Use) -> int:
     if isinstance(config, DPOConfig):
         return config.pairs * (2 * use.latent + use.text)
     latents = 2 * config.num_steps + 2 if isinstance(config, GRPOConfig) else 2
-    return config.prompts_per_step * config.group_size * (latents * use.latent + use.text)
+    return config.prompts_per_step * getattr(config, "group_size", 1) * (latents * use.latent + use.text)
 
 
 def file_bytes(path: str | Path) -> int:

@@ -61,6 +61,7 @@ MADE_BY = {
     "nft": "04",
     "grpo_lalm": "05",
     "grpo_fine": "05",
+    "diffro": "05",
     "diffusion": "08",
     "ppo": "08",
     "ppo_grpo": "08",

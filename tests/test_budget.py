@@ -47,7 +47,8 @@ def parts_of(settings, *numbers, device="cpu", **given):
 # -------------------------------------------------------------------------------------------------- memory
 def test_every_notebook_has_a_plan_with_what_it_holds(settings):
     parts = parts_of(settings, "00", "01", "03", "04", "05", "06", "07")
-    names = ["00", "03 dpo", "03 pretrain", "04 grpo", "04 nft", "04 own reward", "04 planted hack", "05 grpo", "06", "07"]
+    names = ["00", "03 dpo", "03 pretrain", "04 grpo", "04 nft", "04 own reward", "04 planted hack", "05 grpo", "05 diffro"]
+    names += ["06", "07"]
     assert list(parts) == names
     assert parts["03 dpo"]["lalm"] == parts["03 pretrain"]["lalm"] == 22_400_000_000 and "clap" not in parts["03 dpo"]
     assert {"clap", "lalm"} <= parts["05 grpo"].keys() and parts["06"]["lalm_eval"] == 70_500_000_000
@@ -59,10 +60,10 @@ def test_every_notebook_has_a_plan_with_what_it_holds(settings):
 def test_networks_of_earlier_stages_are_counted(settings):
     parts = parts_of(settings, "02", "03", "04", "05", "06", "07")
     beside = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, "04 own reward": 3, "04 planted hack": 3}
-    beside |= {"05 grpo": 1}
+    beside |= {"05 grpo": 1, "05 diffro": 2}
     for name, count in beside.items():
         assert parts[name][f"networks held beside: {count}, float32"] == count * SIZE and parts[name]["network, float32"] == SIZE
-    assert parts["06"]["networks held: 6, float32"] == 6 * SIZE and parts["07"]["networks held: 5, float32"] == 5 * SIZE
+    assert parts["06"]["networks held: 7, float32"] == 7 * SIZE and parts["07"]["networks held: 5, float32"] == 5 * SIZE
 
 
 def test_decoding_scoring_and_the_driver_are_counted(settings):
@@ -72,6 +73,17 @@ def test_decoding_scoring_and_the_driver_are_counted(settings):
     assert parts["06"][f"decoding {clips} clips"] == 10 * clips
     assert parts["06"][f"scoring {clips} clips"] == budget.SCORING["lalm"] and "scoring 12 clips" not in parts["07"]
     assert parts["06"]["driver and libraries"] == parts["07"]["driver and libraries"] == memory.ALLOWANCE
+
+
+def test_a_gradient_through_codec_and_reward_is_counted_beside_the_sampling_that_it_goes_on_to(settings):
+    rows = budget.plans(settings, ["05"], {"05": {"diffro_last_steps": 4, "diffro_micro_batch": 8}}, "cuda")["05 diffro"]
+    found = {row.part: row for row in rows}
+    one = budget.plans(settings, ["05"], {"05": {"diffro_micro_batch": 8}}, "cuda")["05 diffro"]
+    four, alone = found["activations of 8 clips, 4 steps"], next(row for row in one if "8 clips, 1 steps" in row.part)
+    assert four.bytes == 4 * alone.bytes and four.phase == ""
+    assert found["decoding 2 clips"].bytes == 20 and found["scoring 2 clips"].bytes == budget.GRAPH * budget.SCORING["lalm"]
+    assert {found[f"{name} 2 clips"].phase for name in ("decoding", "scoring")} == {"hearing"}
+    assert "05 diffro" not in budget.plans(settings, ["05"], {"05": {"diffro_steps": 0}}, "cuda")
 
 
 def test_a_judge_elsewhere_or_quantised_takes_less(settings):

@@ -39,7 +39,7 @@ __all__ = [
 ]  # what writes tables belongs to them, so it is reached from here too
 
 PAIR = ["setting", "seed", "id", "sample"]
-BASE, OFFLINE, ONLINE = "base", ("DPO",), ("GRPO (CLAP)", "GRPO (LALM)", "GRPO (LALM, fine)", "NFT")
+BASE, OFFLINE, ONLINE = "base", ("DPO",), ("GRPO (CLAP)", "GRPO (LALM)", "GRPO (LALM, fine)", "DiffRO", "NFT")
 ALTERNATIVES = ("base trained on", "best of 4")
 ORIGINALS = "originals"
 NO_VERDICT = "By the training reward, which is no independent verdict (no lalm_eval, no clap_eval)."

@@ -85,7 +85,7 @@ class Watch:
 
 
 def open_watch(world, run, config) -> Watch | None:
-    """The watch over one training by a GRPOConfig or NFTConfig; None where its watch_every is 0.
+    """The watch over one training by a GRPOConfig, NFTConfig or DiffROConfig; None where its watch_every is 0.
 
     Ears: the world's judge, else a second CLAP and a second audio language model where their sources are set, the latter only
     from a server (beside a training there is no room for it); aesthetics where its source is set.

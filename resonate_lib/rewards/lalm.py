@@ -309,8 +309,7 @@ class LalmReward:
     def differentiable(self, audio: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
         """The logarithm of the scores (B,) with its gradient to the audio (B, T), all clips at once, on the model's device.
 
-        The scores themselves are flat where the answer is a sure no, and a clip that needs its gradient most has none: trained up
-        their slope a generator gained 2 points of exact match, up this one 6 (README of `diffro.train`).
+        The scores themselves are flat where the answer is a sure no, so that the clips which need a gradient most would have none.
         """
         extractor = self.processor.feature_extractor
         clips = to_clip(audio.float(), sample_rate, extractor.sampling_rate, extractor.chunk_length)
