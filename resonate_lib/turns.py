@@ -8,25 +8,28 @@ Source: the resource sharing of arXiv 2509.18569.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Part = nn.Module | torch.optim.Optimizer | Sequence[nn.Module | torch.optim.Optimizer] | Callable[[], Any]
+Part = nn.Module | torch.optim.Optimizer | Sequence | Callable[[], Any] | object
 
 
 class Turns:
     """Parts that take turns on `device`, and the curve of the bytes that lie there.
 
-    parts: name -> a module, an optimizer (its moments move), a list of those that move together, or a function without
-    arguments that loads one, called when its turn comes and forgotten after it. All that is given leaves the device at once.
+    parts: name -> a module, an optimizer (its moments move), an object that holds some as attributes (a reward), a list of those
+    that move together, or a function without arguments that loads one, called when its turn comes and forgotten after it. All
+    that is given leaves the device at once.
     timeline: a row for each load and release, in order: part, action ("load" or "release"), resident (bytes on the device after
     it). A function's part counts in `everything` from its first turn on.
 
-        turns = Turns({"policy": [network, optimizer], "reward": lambda: LalmReward.load(folder).model}, "cuda")
-        with turns.take("reward") as model:
+        turns = Turns({"policy": [network, optimizer], "reward": lambda: LalmReward.load(folder)}, "cuda")
+        with turns.take("reward") as reward:
             ...
     """
 
@@ -50,7 +53,7 @@ class Turns:
         The others are released first. What had the turn stays there until another's turn or `release`. ValueError for a name
         that is not among the parts; RuntimeError inside another turn.
         """
-        for name in names:
+        for name in names or ("",):
             if name not in self.parts:
                 raise ValueError(f"no part {name!r}: allowed are {', '.join(self.parts)}")
         if self._open:
@@ -131,11 +134,16 @@ def memory_curve(turns: Turns, *, title: str = ""):
 
 
 def _loads(part: Part) -> bool:
-    return callable(part) and not isinstance(part, nn.Module)
+    """Whether it is a function; a reward can be called too, and is none."""
+    return inspect.isroutine(part) or isinstance(part, (functools.partial, type))
 
 
-def _members(part: Any) -> list[Any]:
-    return list(part) if isinstance(part, (list, tuple)) else [part]
+def _members(part: Any) -> list[nn.Module | torch.optim.Optimizer]:
+    if isinstance(part, (nn.Module, torch.optim.Optimizer)):
+        return [part]
+    if isinstance(part, (list, tuple)):
+        return [member for one in part for member in _members(one)]
+    return [held for held in getattr(part, "__dict__", {}).values() if isinstance(held, (nn.Module, torch.optim.Optimizer))]
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:
@@ -144,7 +152,7 @@ def _tensors(part: Any) -> Iterator[Tensor]:
             for parameter in member.parameters():
                 yield from (parameter, *([] if parameter.grad is None else [parameter.grad]))
             yield from member.buffers()
-        elif isinstance(member, torch.optim.Optimizer):
+        else:
             yield from (value for state in member.state.values() for value in state.values() if torch.is_tensor(value))
 
 
@@ -153,7 +161,7 @@ def _move(part: Any, device: str | torch.device) -> Any:
     for member in _members(part):
         if isinstance(member, nn.Module):
             member.to(device)
-        elif isinstance(member, torch.optim.Optimizer):
+        else:
             for state in member.state.values():
                 for key, value in state.items():
                     if torch.is_tensor(value) and value.dim():  # step counts stay on the CPU, as Adam keeps them

@@ -99,9 +99,29 @@ def test_moments_follow_their_weights_and_learning_goes_on():
     torch.testing.assert_close(lone.weight, shared.weight)
 
 
+class Judge:
+    """An object that holds a model and can be called, as rewards are."""
+
+    def __init__(self):
+        self.model, self.rate = Listed(5), 16_000
+
+    def __call__(self):
+        raise AssertionError("a reward is no loader")
+
+
+def test_an_object_moves_by_the_modules_it_holds():
+    judge = Judge()
+    turns = Turns({"reward": judge, "server": object(), "policy": [nn.Linear(2, 2), Judge()]}, "cpu")
+    assert turns.everything == 2 * (20 + 80) + 24
+    with turns.take("reward") as part:
+        assert part is judge and judge.model.places == ["cpu", "cpu"]
+
+
 def test_wrong_names_nested_turns_and_no_parts_are_clear_errors():
     turns = Turns(parts(), "meta")
     with pytest.raises(ValueError, match="no part 'critic': allowed are encoder, rollout, reward, policy"), turns.take("critic"):
+        pass
+    with pytest.raises(ValueError, match="no part ''"), turns.take():
         pass
     with turns.take("policy"), pytest.raises(RuntimeError, match="policy has the turn: end it first"), turns.take("reward"):
         pass
