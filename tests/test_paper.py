@@ -35,6 +35,7 @@ SMALL = {
     "preview_prompts": 1, "num_steps": 2, "03.pairs": 4, "03.steps": 2, "03.batch_size": 2,
     "pretrain_continued_steps": 2, "02.demo_steps": 2, "02.batch_size": 2,
     "eval_clips": 12, "base_prompts": 4, "prompts_per_step": 2, "group_size": 3, "04.steps": 2, "05.steps": 2, "nft_steps": 2,
+    "diffro_steps": 2, "diffro_prompts_per_step": 2,
     "nft_prompts_per_step": 2, "nft_group_size": 2, "06.prompts": 4, "07.prompts": 2, "validation_prompts": 2, "part_prompts": 2,
     "best_of": 2, "bootstrap": 100, "trials": 2, "guidance_scales": "1,4.5",
 }  # fmt: skip
@@ -133,7 +134,7 @@ def test_the_suite_runs_at_paper_shape(tmp_path, profile):
         assert [row["reward"] for row in generated] == ["lalm and clap"] and "prefers_better_sibling" not in generated[0]
         assert "no independent verdict" in (version / "metrics" / "tta_words.json").read_text()
     headline = versions.read_table(version / "metrics" / "tta_headline.csv")
-    assert set(headline["system"]) >= {"base", "base trained on", "DPO", "GRPO (CLAP)", "GRPO (LALM)", "NFT", "best of 2"}
+    assert set(headline["system"]) >= {"base", "base trained on", "DPO", "GRPO (CLAP)", "GRPO (LALM)", "DiffRO", "NFT", "best of 2"}
     assert headline["reward"].between(0, 1).all() and headline["CE"].notna().all()
     if profile == "paper":
         assert headline["aqa"].between(0, 1).all()
