@@ -210,6 +210,18 @@ def test_the_gradient_is_that_of_the_whole_chain(last, pieces, monkeypatch):
         torch.testing.assert_close(gradient, whole[name], rtol=2e-4, atol=2e-6)
 
 
+def test_weights_cast_for_the_steps_without_a_gradient_still_get_one(monkeypatch):
+    world, missing = ToyWorld(), []
+
+    def look(network, *_):
+        missing.extend(p for p in network.parameters() if p.requires_grad and p.grad is None)
+
+    monkeypatch.setattr(diffro, "optimizer_step", look)
+    config = dataclasses.replace(CONFIG, precision="bf16", beta=0.0)
+    diffro.update(world, world.network, None, None, ToyReward(), RECORDS[:4], config, 1, torch.Generator().manual_seed(0))
+    assert not missing
+
+
 def test_all_steps_agree_with_finite_differences_in_the_weights():
     world = ToyWorld()
     network, cond = world.network, world.encode_prompts(["rain", "dog"])
