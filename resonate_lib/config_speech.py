@@ -16,8 +16,8 @@ class SpeechConfig(Config):
     train_utterances: int = knob(6000, low=4)
     validation_utterances: int = knob(300, low=2)
     test_utterances: int = knob(400, low=2)
-    folder: str = ""  # recordings in LibriSpeech's folders, or a caption file with audio_path and text; empty: espeak-ng
-    longest: float = knob(10.0, above=0, high=30)  # seconds; longer recordings of `folder` are left out
+    speech_folder: str = ""  # recordings in LibriSpeech's folders, or a caption file with audio_path and text; empty: espeak-ng
+    longest: float = knob(10.0, above=0, high=30)  # seconds; longer recordings of `speech_folder` are left out
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _join(level, rate, split, rng):
 
 
 class SpeechCorpus:
-    """Utterances and their sound: audio is a sequence of (T,) int16 arrays at 16 kHz, in memory or read when asked for."""
+    """Utterances and their sound: audio is a list of (T,) int16 arrays at 16 kHz, or of what numpy reads as such when asked."""
 
     def __init__(self, audio: Sequence[np.ndarray], utterances: Sequence[Utterance], sample_rate: int = SAMPLE_RATE):
         if len(audio) != len(utterances):
@@ -169,15 +169,15 @@ class SpeechCorpus:
 def open_speech(
     config: SpeechConfig, split: str, *, seed: int, cache, count: int | None = None, kinds: Sequence[str] | None = None
 ) -> SpeechCorpus:
-    """The split's corpus: recordings of `config.folder`, or utterances spoken once into `cache`/speech and read from there.
+    """The split's corpus: recordings of `config.speech_folder`, or utterances spoken once into `cache`/speech and read from there.
 
     count, kinds: other than the configuration's and all, as for a test of silences alone; recordings are all of one kind.
     Errors as in `draw_utterances`, `speak` and `speech_folder.read_folder`.
     """
-    if config.folder:
+    if config.speech_folder:
         from resonate_lib.data import speech_folder  # which builds on this file
 
-        corpus = speech_folder.read_folder(config.folder, split, longest=config.longest)
+        corpus = speech_folder.read_folder(config.speech_folder, split, longest=config.longest)
         return corpus.select(range(min(len(corpus), count or len(corpus))))
     count = getattr(config, f"{split}_utterances") if count is None else count
     utterances = draw_utterances(count, split=split, seed=seed, kinds=kinds)

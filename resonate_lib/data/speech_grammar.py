@@ -67,7 +67,7 @@ TEMPLATES = {  # kind -> level -> templates
          "{first} {last} has a {colour} {rare} and a {rare}"),
     ),
 }  # fmt: skip
-JOINS = ("and then", "after that", "and")  # between the clauses of a long utterance
+JOINS = ("and then", "after that")  # between the clauses of a long utterance
 WEIGHTS = {"rare": 3.0, "first": 2.0, "last": 2.0, "city": 2.0}  # of a slot's words in keyword F1; 1 where not named
 HELD_OUT = {0: "validation", 1: "test"}  # of ten buckets of sentences
 
@@ -118,8 +118,8 @@ def keyword_weights() -> dict[str, float]:
     return {word: weight for slot, weight in WEIGHTS.items() for word in SLOTS[slot]}
 
 
-def jsgf() -> str:
-    """The grammar for pocketsphinx: one sentence, or several joined as in long utterances."""
+def jsgf(*, long: bool = True) -> str:
+    """The grammar for pocketsphinx: one sentence or, with `long`, also several joined."""
     rules = {slot: " | ".join(words) for slot, words in SLOTS.items()}
     rules |= {"digit": " | ".join(DIGITS), "tens": " | ".join(TENS), "teen": " | ".join(ONES[10:]), "unitdigit": " | ".join(ONES[1:10])}
     rules["small"] = "<digit> | <teen> | <tens> [<unitdigit>]"
@@ -127,5 +127,5 @@ def jsgf() -> str:
     sentences = (t for levels in TEMPLATES.values() for templates in levels for t in templates)
     rules["sentence"] = " | ".join(re.sub(r"{(\w+)}", r"<\1>", re.sub(r"\ba {", "(a | an) {", t)) for t in sentences)
     lines = [f"<{name}> = {rule};" for name, rule in rules.items()]
-    joins = " | ".join(JOINS)
-    return "\n".join(["#JSGF V1.0;", "grammar speech;", f"public <utterance> = <sentence> (({joins}) <sentence>)*;", *lines]) + "\n"
+    more = f" (({' | '.join(JOINS)}) <sentence>)*" if long else ""
+    return "\n".join(["#JSGF V1.0;", "grammar speech;", f"public <utterance> = <sentence>{more};", *lines]) + "\n"

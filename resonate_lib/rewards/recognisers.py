@@ -6,8 +6,10 @@ Both are optional packages that run on a CPU without a network, see requirements
 
 from __future__ import annotations
 
-import logging
+import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +24,6 @@ from resonate_lib.rewards.base import RewardResult
 RATE = 16000
 SHORTEST = 0.1  # seconds: nothing is heard in less
 DITHER = 3e-3  # uniform, of full scale: without it pocketsphinx takes digital silence between words for speech
-log = logging.getLogger(__name__)
 
 
 class Recogniser(Protocol):
@@ -53,12 +54,12 @@ class Sphinx:
 
     def __init__(self, grammar: str | None):
         pocketsphinx = need("pocketsphinx")
-        pocketsphinx.set_loglevel("FATAL")
         options = {"lm": None} if grammar is not None else {}
-        self.decoder = pocketsphinx.Decoder(samprate=RATE, cmn="batch", **options)
+        self.decoder = pocketsphinx.Decoder(samprate=RATE, cmn="batch", loglevel="FATAL", **options)
         if grammar is not None:
             try:
-                self.decoder.add_jsgf_string("grammar", grammar)
+                start, final, arcs = compact(*_read_fsg(self.decoder.parse_jsgf(grammar)))
+                self.decoder.add_fsg("grammar", self.decoder.create_fsg("grammar", start, final, arcs))
                 self.decoder.activate_search("grammar")
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ValueError(f"pocketsphinx cannot use this grammar ({error}): check its JSGF and that it knows each word") from None
@@ -78,6 +79,60 @@ class Sphinx:
             self.decoder.end_utt()
         heard = self.decoder.hyp()
         return rules.spoken(heard.hypstr) if heard else ""
+
+
+def _read_fsg(fsg):
+    """Start, final state and transitions (from, to, word; None where there is none) of a grammar as pocketsphinx compiles it."""
+    with tempfile.TemporaryDirectory() as folder:
+        fsg.writefile(f"{folder}/grammar.fsg")
+        rows = [line.split() for line in Path(folder, "grammar.fsg").read_text().splitlines()]
+    one = {row[0]: int(row[1]) for row in rows if row and row[0] in ("START_STATE", "FINAL_STATE")}
+    arcs = [(int(row[1]), int(row[2]), row[4] if len(row) > 4 else None) for row in rows if row and row[0] == "TRANSITION"]
+    return one["START_STATE"], one["FINAL_STATE"], arcs
+
+
+def compact(start: int, final: int, arcs: Sequence[tuple[int, int, str | None]]) -> tuple[int, int, list[tuple]]:
+    """The smallest deterministic acceptor of the same sentences: start, final state, arcs (from, to, probability[, word]).
+
+    pocketsphinx gives every alternative a state and walks over all states in each frame: 3,500 for the suite's grammar, of which
+    about a hundred are left. All words that can follow are as likely. Subset construction, then Moore's partition refinement.
+    """
+    steps, free = defaultdict(lambda: defaultdict(set)), defaultdict(set)
+    for source, target, word in arcs:
+        (free[source] if word is None else steps[source][word]).add(target)
+
+    def closure(states):
+        found, waiting = set(states), list(states)
+        while waiting:
+            new = free[waiting.pop()] - found
+            found |= new
+            waiting += new
+        return frozenset(found)
+
+    first = closure({start})
+    table, waiting = {}, [first]
+    while waiting:
+        here = waiting.pop()
+        if here not in table:
+            reached = defaultdict(set)
+            for state in here:
+                for word, targets in steps[state].items():
+                    reached[word] |= targets
+            table[here] = {word: closure(targets) for word, targets in reached.items()}
+            waiting += table[here].values()
+    block, blocks = {here: int(final in here) for here in table}, 0
+    while len(set(block.values())) != blocks:
+        blocks = len(set(block.values()))
+        looks = {here: (block[here], *sorted((word, block[there]) for word, there in row.items())) for here, row in table.items()}
+        names = {look: number for number, look in enumerate(sorted(set(looks.values())))}
+        block = {here: names[look] for here, look in looks.items()}
+    rows = {block[here]: (row, final in here) for here, row in table.items()}
+    compacted = []
+    for number, (row, ends) in rows.items():
+        share = 1 / (len(row) + ends)
+        compacted += [(number, block[there], share, word) for word, there in row.items()]
+        compacted += [(number, blocks, share)] if ends else []
+    return block[first], blocks, compacted
 
 
 class Whisper:
