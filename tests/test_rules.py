@@ -5,14 +5,15 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from resonate_lib.rewards import rules
 
 WORDS = st.lists(st.sampled_from(["call", "anna", "five", "the", "zebra", "don't", "in", "größe", "café"]), max_size=8)
 TEXTS = WORDS.map(" ".join)
 ANY = st.text(max_size=40)
 PAIRED = {**rules.REWARDS, **rules.PENALTIES, "keyword": lambda h, r: rules.keyword_f1(h, r, ["anna", "zebra"], {"zebra": 3.0})}
-WEIGHTS = {"wer": 1.0, "cer": 0.3, "exact": 0.5, "keyword": 0.5, "format": 0.2, "hallucination": -0.5, "length": -0.3, "repeat": -0.4,
-           "insertion": -0.7}  # fmt: skip
+WEIGHTS = {"wer": 1.0, "cer": 0.3, "exact": 0.5, "keyword": 0.5, "format": 0.2, "hallucination": -0.5, "length": -0.3,
+           "repeat": -0.4, "insertion": -0.7}  # fmt: skip
 
 
 def total(hypothesis, reference, weights=WEIGHTS):
@@ -40,10 +41,11 @@ def test_the_reference_itself_is_the_best_hypothesis(hypothesis, reference):
 @given(WORDS.filter(bool), st.integers(3, 12))
 def test_empty_and_looping_hypotheses_score_low(said, times):
     reference = " ".join(said)
-    whole, empty, loop = total(reference, reference), total("", reference), total(" ".join([reference] * times), reference)
+    looped = " ".join([reference] * times)
+    whole, empty, loop = total(reference, reference), total("", reference), total(looped, reference)
     assert whole == pytest.approx(1.0 + 0.3 + 0.5 + 0.5 + 0.2)
     assert empty <= 0.5 + 0.2 - 0.3 + 1e-12 and loop < whole - 1.5  # the keyword rule is 1 where nothing was asked
-    assert rules.wer_reward(loop := " ".join([reference] * times), reference) == 0.0 and rules.length_ratio_penalty(loop, reference) >= 0.6
+    assert rules.wer_reward(looped, reference) == 0.0 and rules.length_ratio_penalty(looped, reference) >= 0.6
 
 
 def edits(a, b):
@@ -98,7 +100,9 @@ def test_format_reward_of_bare_transcripts(text):
     assert rules.format_reward(text) == 1.0
 
 
-@pytest.mark.parametrize("text", ["Transcript: call", "call 2 anna", "<|en|> call", " call", "call  anna", "call anna.", "call\nanna", "a_b"])
+@pytest.mark.parametrize(
+    "text", ["Transcript: call", "call 2 anna", "<|en|> call", " call", "call  anna", "call anna.", "call\nanna", "a_b"]
+)
 def test_format_reward_of_anything_else(text):
     assert rules.format_reward(text) == 0.0
 
@@ -129,10 +133,7 @@ def test_a_sum_of_rules_is_read_and_added():
 
 
 def test_rare_words_weigh_more_where_told():
-    weights = {"keyword": 1.0}
-    heavy = {"zebra": 3.0, "anna": 1.0}
-    scores = [rules.transcript_reward(said, "anna has a zebra", weights=weights, keywords=["anna", "zebra"], keyword_weights=heavy)[0]
-              for said in ("anna has a penguin", "emma has a zebra")]
+    scores = [total(said, "anna has a zebra", {"keyword": 1.0}) for said in ("anna has a penguin", "emma has a zebra")]
     assert scores == [pytest.approx(2 / 5), pytest.approx(6 / 7)]
 
 

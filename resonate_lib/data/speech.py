@@ -24,7 +24,7 @@ from resonate_lib.data import speech_grammar
 from resonate_lib.data.corpus import to_int16
 from resonate_lib.data.scenes import SPLITS
 from resonate_lib.data.speech_grammar import JOINS, TEMPLATES, jsgf, keyword_weights, vocabulary
-from resonate_lib.data.speech_voices import SAMPLE_RATE, TEST_VOICES, TRAIN_VOICES, check, speak
+from resonate_lib.data.speech_voices import SAMPLE_RATE, TEST_VOICES, TRAIN_VOICES, speak
 
 __all__ = ["KINDS", "SpeechCorpus", "Utterance", "draw_utterances", "jsgf", "keyword_weights", "open_speech", "speak", "vocabulary"]
 
@@ -98,7 +98,8 @@ def _draw(index, split, seed, kinds, voices) -> Utterance:
     elif kind != "silence":
         text, keywords = _sentence(kind, level, split, rng)
     noise = round(float(rng.uniform(*NOISE[level])), 1) if NOISE[level] else None
-    return Utterance(f"{split}_{seed}_{index:06d}", text, kind, level, voice, rate, pitch, keywords, noise, int(rng.integers(2**31)))
+    name, own_seed = f"{split}_{seed}_{index:06d}", int(rng.integers(2**31))
+    return Utterance(name, text, kind, level, voice, rate, pitch, keywords, noise, own_seed)
 
 
 def _sentence(kind, level, split, rng):
@@ -160,8 +161,9 @@ class SpeechCorpus:
         for row, position in enumerate(positions):
             clip = self.audio[position]
             if len(clip) > batch.shape[1]:
-                raise ValueError(f"{self.utterances[position].id}: {len(clip) / self.sample_rate:.2f} s, more than seconds={seconds:g}: "
-                                 "allow more, or leave long utterances out")
+                length = len(clip) / self.sample_rate
+                raise ValueError(f"{self.utterances[position].id}: {length:.2f} s, more than seconds={seconds:g}: allow more, or "
+                                 "leave long utterances out")
             batch[row, : len(clip)] = torch.from_numpy(np.asarray(clip, dtype=np.float32)) / 32767.0
         return batch
 
@@ -220,7 +222,7 @@ def read_corpus(folder: Path) -> SpeechCorpus:
     clips = [samples[row["start"] : row["start"] + row["samples"]] for row in rows]
     for row, clip in zip(rows, clips, strict=True):
         if _hash(clip) != row["sha256"]:
-            raise ValueError(f"{folder / 'audio.npy'}: {row['id']} is not what its manifest describes: remove {folder}, it is made again")
+            raise ValueError(f"{folder}: {row['id']} does not sound as its manifest says: remove the folder, and it is made again")
     return SpeechCorpus(clips, [Utterance.of(row) for row in rows])
 
 

@@ -67,7 +67,7 @@ def read_folder(path, split: str, *, longest: float) -> SpeechCorpus:
     if left:
         print(f"{path}: {left} recordings of {split} are longer than {longest:g} s and left out", flush=True)
     if not clips:
-        raise ValueError(f"{path}: no recordings of {split} of {longest:g} s or less; check the folder's names, `split` and longest")
+        raise ValueError(f"{path}: no recordings of {split} of {longest:g} s or less; check folder names, `split`, longest")
     return SpeechCorpus(clips, utterances)
 
 

@@ -9,9 +9,9 @@ import re
 
 import numpy as np
 
-ONES = tuple("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-             "eighteen nineteen".split())  # fmt: skip
-TENS = tuple("twenty thirty forty fifty sixty seventy eighty ninety".split())
+ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+        "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")  # fmt: skip
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 DIGITS = ONES[:10]
 SLOTS = {
     "device": "light lamp heater fan radio television alarm camera music oven kettle printer",
@@ -121,9 +121,9 @@ def keyword_weights() -> dict[str, float]:
 def jsgf(*, long: bool = True) -> str:
     """The grammar for pocketsphinx: one sentence or, with `long`, also several joined."""
     rules = {slot: " | ".join(words) for slot, words in SLOTS.items()}
-    rules |= {"digit": " | ".join(DIGITS), "tens": " | ".join(TENS), "teen": " | ".join(ONES[10:]), "unitdigit": " | ".join(ONES[1:10])}
-    rules["small"] = "<digit> | <teen> | <tens> [<unitdigit>]"
-    rules["hundreds"] = "<unitdigit> hundred [<unitdigit> | <teen> | <tens> [<unitdigit>]]"
+    rules |= {"digit": " | ".join(DIGITS), "one": " | ".join(ONES[1:10]), "teen": " | ".join(ONES[10:]), "tens": " | ".join(TENS)}
+    rules["small"] = "<digit> | <teen> | <tens> [<one>]"
+    rules["hundreds"] = "<one> hundred [<one> | <teen> | <tens> [<one>]]"
     sentences = (t for levels in TEMPLATES.values() for templates in levels for t in templates)
     rules["sentence"] = " | ".join(re.sub(r"{(\w+)}", r"<\1>", re.sub(r"\ba {", "(a | an) {", t)) for t in sentences)
     lines = [f"<{name}> = {rule};" for name, rule in rules.items()]

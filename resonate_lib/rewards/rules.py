@@ -146,7 +146,8 @@ REWARDS: dict[str, Callable[[str, str], float]] = {
     "wer": wer_reward, "cer": cer_reward, "exact": exact_reward, "format": format_reward,
 }  # fmt: skip
 PENALTIES: dict[str, Callable[[str, str], float]] = {
-    "hallucination": hallucination_penalty, "length": length_ratio_penalty, "repeat": repeat_penalty, "insertion": insertion_penalty,
+    "hallucination": hallucination_penalty, "length": length_ratio_penalty, "repeat": repeat_penalty,
+    "insertion": insertion_penalty,
 }  # fmt: skip
 NAMES = (*REWARDS, "keyword", *PENALTIES)
 
