@@ -91,7 +91,7 @@ ODD = [torch.zeros(0), torch.zeros(10), torch.zeros(RATE), torch.ones(RATE),
 @pytest.fixture(scope="module")
 def spoken():
     pytest.importorskip("espeakng_loader")
-    voices = ("en-us", "en-us+f2", "en-us+m2")
+    voices = ("en-us", "en-us+m3", "en-us+m2")
     drawn = speech.draw_utterances(14, split="train", seed=2, kinds=("command", "name"), voices=voices)
     drawn = [utterance for utterance in drawn if utterance.noise_db is None or utterance.noise_db > 15][:8]
     return speech.speak(drawn), [utterance.text for utterance in drawn]
