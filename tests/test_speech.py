@@ -151,7 +151,7 @@ def test_lengths_of_what_is_said(espeak):
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    ({"voice": "en-us+f11"}, r"no voice 'en-us\+f22' \(nearest: 'en-us\+f1'\)"), ({"text": " "}, "a silence has no text"),
+    ({"voice": "en-us+f11"}, r"no voice 'en-us\+f11' \(nearest: 'en-us\+f1'\)"), ({"text": " "}, "a silence has no text"),
     ({"kind": "silence"}, "a silence has no text"), ({"text": "größe"}, "'ö' in 'größe' is not ASCII"),
     ({"text": "?!"}, "nothing to say"), ({"rate": 5}, "rate=5: use 80 to 300"), ({"pitch": 100}, "pitch=100"),
 ])  # fmt: skip

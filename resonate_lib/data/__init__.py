@@ -1,1 +1,2 @@
-"""Where sound and text come from: the embedded world (events, scenes), folders of recordings, prompt sets."""
+"""Where sound and text come from: the embedded world (events, scenes), folders of recordings, prompt sets,
+and spoken utterances (speech)."""

@@ -191,6 +191,7 @@ def transcript_reward(
 ) -> tuple[float, dict[str, float]]:
     """The weighted sum of rules, and each rule's own value: sum over names of weights[name] · rule(hypothesis, reference).
 
+    A reference in plain words, as `spoken` writes them, is its own best hypothesis.
     weights: of NAMES, as `parse_weights` reads them; positive for rewards, negative for penalties. keywords, keyword_weights: of
     `keyword_f1`, the rule "keyword". "call bob" for "call anna", weights wer 1 and hallucination −0.5: 0.5 − 0.5 · 0.5 = 0.25.
     """
