@@ -120,7 +120,7 @@ def _join(level, rate, split, rng):
         kind = list(TEMPLATES)[rng.integers(len(TEMPLATES))]
         sentence, keywords = _sentence(kind, int(rng.integers(1, 3)), split, rng)
         join = [JOINS[rng.integers(len(JOINS))]] if clauses else []
-        if sum(len(part.split()) for part in [*clauses, *join, sentence]) > rate / 60 * LONGEST * 1.1:
+        if sum(len(part.split()) for part in [*clauses, *join, sentence]) > rate / 60 * LONGEST * 1.05:
             break
         clauses, found = clauses + join + [sentence], found + keywords
     return " ".join(clauses), found
