@@ -1,0 +1,1 @@
+"""Reinforcement learning for speech language models: recognition and synthesis by one kind of policy."""
