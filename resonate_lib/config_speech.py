@@ -25,7 +25,48 @@ class RecognitionConfig(Config):
     """Notebook 09: reinforcement of an audio language model that writes down what it hears."""
 
     section: ClassVar[str] = "recognition"
+    source: str = ""  # a published Qwen2-Audio (hub id or directory); empty: the small recogniser, shipped or trained here
+    rollout_source: str = ""  # an engine that samples, http://host:port/v1#model; empty: the policy itself
+    objective: str = knob("grpo", choices=("grpo", "mwer"))
     steps: int = knob(40, low=1)  # rounds of sampling hypotheses and updating
+    utterances_per_step: int = knob(24, low=1)
+    group_size: int = knob(8, low=2, why="a group of one has no advantage; use 2 or more")  # hypotheses of an utterance
+    max_new_tokens: int = knob(48, low=1)  # of a hypothesis; one that has not ended by then is cut off
+    temperature: float = knob(1.0, above=0, high=2)
+    top_p: float = knob(1.0, above=0, high=1)
+    reward: str = "wer+0.5*keyword-0.5*hallucination"  # rules of rewards/rules.py
+    global_std: bool = False  # advantages over the deviation of all hypotheses of a round, else of their group
+    learning_rate: float = knob(1e-4, above=0, high=1)
+    warmup_steps: int = knob(3, low=0)  # rounds over which the rate rises
+    epochs: int = knob(2, low=1)  # updates of a round, each over all of its hypotheses
+    clip_range: float = knob(0.2, above=0, high=1)  # of the ratio of one token's probabilities
+    beta: float = knob(0.02, low=0)  # weight of the KL to the supervised start, nats a token
+    ce_weight: float = knob(0.01, low=0)  # mwer: weight of the reference's own log-likelihood
+    trained: str = knob("all", choices=("all", "lora"))
+    lora_rank: int = knob(16, low=1)
+    lora_alpha: float = knob(32.0, above=0)
+    max_grad_norm: float = knob(1.0, above=0)
+    micro_batch: int = knob(0, low=0)  # utterances computed at once, of like length; 0: all of a round
+    precision: str = knob("float32", choices=("float32", "bf16"))
+    data: str = knob("middle_long", choices=("random", "hard", "middle", "middle_long"))  # which utterances are trained on
+    probe_utterances: int = knob(600, low=2)  # utterances whose pass rate is measured before
+    probe_samples: int = knob(4, low=2)  # hypotheses of each
+    chosen: int = knob(200, low=1)  # utterances that a choice keeps
+    choice_steps: int = knob(10, low=1)  # rounds of each choice in their comparison
+    eval_silence: int = knob(120, low=2)  # silent and noisy clips
+    eval_long: int = knob(120, low=2)  # long utterances
+    bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval
+    supervised_steps: int = knob(5000, low=1)  # of the supervised start where it is trained here
+    supervised_batch_size: int = knob(32, low=1)
+    supervised_learning_rate: float = knob(2e-3, above=0, high=1)
+    supervised_kinds: tuple[str, ...] = ("command", "number", "name", "rare", "long")  # no silences: RL meets those first
+
+    def check(self) -> None:
+        if self.utterances_per_step > self.chosen:
+            raise ValueError(f"utterances_per_step={self.utterances_per_step}: a choice keeps chosen={self.chosen}; use fewer, or "
+                             "keep more")
+        if self.chosen > self.probe_utterances:
+            raise ValueError(f"chosen={self.chosen}: only probe_utterances={self.probe_utterances} are probed; keep fewer")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ MADE_BY = {
     "ppo_grpo": "08",
     "ppo_nft": "08",
     "ppo_dpo": "08",
+    "recogniser": "09",
+    "recogniser_rl": "09",
 }
 
 

@@ -14,8 +14,9 @@ import math
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import urlsplit
 
 import soundfile
@@ -34,32 +35,21 @@ NEVER = -1e4  # stands for a log-probability of minus infinity
 AGAIN = (408, 425, 429)  # besides 5xx: statuses that may pass
 
 
-class RemoteJudge:
-    """The published question put to a server; scores and parts as AudioJudge gives them.
+class Client:
+    """Requests to a chat-completions server, several at a time; what is asked and how a reply is read are its subclasses'.
 
-    source: `http://host:port/v1#model`, the model as the server names it; a name with Qwen2.5-Omni, Qwen3-Omni or
-    Qwen2-Audio in it gets that family's messages and replies. in_flight: requests at a time. timeout: seconds that the server
-    may be silent. attempts: tries a request gets, with pauses of backoff, 2·backoff, 4·backoff … seconds between them.
-    A key is read from the environment variable RESONATE_LALM_KEY and never shown.
-
-    Only the `top` likeliest tokens come back. A side with no spelling among them counts as the least of them, so that its
-    score errs towards 1/2; where both are absent `p_yes_mass` is 0, `rare` 1, and the score 1/2 or, with fallback "zero", 0.
+    source: `http://host:port/v1#model`, the model as the server names it. in_flight: requests at a time. timeout: seconds that
+    the server may be silent. attempts: tries a request gets, with pauses of backoff, 2·backoff, 4·backoff … seconds between
+    them. A key is read from the environment variable RESONATE_LALM_KEY and never shown.
     Raises ConnectionError when the server cannot be reached or keeps failing, ValueError for a refusal or a reply of another
     form, one line each.
     """
 
+    role = "judge"  # what errors call the server
+
     def __init__(
-        self,
-        source: str,
-        *,
-        in_flight: int = 8,
-        timeout: float = 60.0,
-        attempts: int = 4,
-        backoff: float = 0.5,
-        fallback: str = "sigmoid",
-        top: int = 20,
+        self, source: str, *, in_flight: int = 8, timeout: float = 60.0, attempts: int = 4, backoff: float = 0.5, top: int = 20
     ):
-        check_choices(fallback=(fallback, FALLBACKS))
         if min(in_flight, attempts, top) < 1 or not timeout > 0 or not backoff >= 0:
             raise ValueError(
                 f"in_flight={in_flight}, attempts={attempts}, top={top}, timeout={timeout}, backoff={backoff}: "
@@ -68,8 +58,94 @@ class RemoteJudge:
         self.at, self.model = _address(source)
         self.url = f"{self.at.scheme}://{self.at.hostname}{f':{self.at.port}' if self.at.port else ''}{self.at.path}"
         self.family = family_named(self.model)
-        self.in_flight, self.timeout, self.attempts, self.backoff = in_flight, timeout, attempts, backoff
-        self.fallback, self.top = fallback, top
+        self.in_flight, self.timeout, self.attempts, self.backoff, self.top = in_flight, timeout, attempts, backoff, top
+
+    def read(self, reply: bytes):
+        """What a reply says; each kind of client has its own."""
+        raise NotImplementedError
+
+    def send(self, bodies: Iterable[Callable[[], dict]], count: int) -> list:
+        """`read` of the replies to `count` requests, each made when it is its turn; after one failure nothing more is sent."""
+        stop, failed = threading.Event(), []
+
+        def ask(body: Callable[[], dict]):
+            try:
+                return self._ask(body(), stop)
+            except Exception as error:
+                failed.append(error)  # the first is the reason, what follows was stopped by it
+                stop.set()
+                raise
+
+        with ThreadPoolExecutor(max(1, min(self.in_flight, count))) as pool:
+            try:
+                return list(pool.map(ask, bodies))
+            except Exception:
+                raise failed[0] from None
+            finally:  # after one failure, or Ctrl-C, nothing more is sent
+                stop.set()
+
+    def _ask(self, request: dict, stop: threading.Event):
+        body = json.dumps(request).encode()
+        for attempt in range(self.attempts):
+            if stop.wait(self.backoff * 2 ** (attempt - 1) if attempt else 0):
+                break
+            try:
+                status, reply = self._post(body)
+            except (OSError, http.client.HTTPException) as error:
+                reason = "no answer in time" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
+                continue
+            if status == 200:
+                return self.read(reply)
+            reason = f"status {status}: {self._shown(reply)}"
+            if status < 500 and status not in AGAIN:
+                raise ValueError(f"{self.role} at {self.url} refuses the request, {reason}; {_advice(status, reply)}")
+        else:
+            raise ConnectionError(
+                f"{self.role} at {self.url}: {self.attempts} attempts failed, the last with {reason}; start the server or correct "
+                f"its address, or raise timeout={self.timeout:g}"
+            )
+        raise ConnectionError(f"{self.role} at {self.url}: stopped, another request failed")
+
+    def _post(self, body: bytes) -> tuple[int, bytes]:
+        kind = http.client.HTTPSConnection if self.at.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self.at.hostname, self.at.port, timeout=self.timeout)
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        try:
+            connection.request("POST", f"{self.at.path.rstrip('/')}/chat/completions", body, headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def choices(self, reply: bytes) -> list[dict]:
+        """The choices of a chat completion, at least one. ValueError for another reply."""
+        try:
+            found = json.loads(reply)["choices"]
+            [one.get("logprobs") for one in (found[0], *found)]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{self.role} at {self.url} sends no chat completion but {self._shown(reply)!r}; "
+                             "name an OpenAI-compatible /v1 address") from None  # fmt: skip
+        return found
+
+    def _shown(self, reply: bytes) -> str:
+        text = " ".join(reply.decode("utf-8", "replace").split())[:200] or "an empty reply"
+        return text.replace(os.environ[KEY], "***") if os.environ.get(KEY) else text
+
+
+class RemoteJudge(Client):
+    """The published question put to a server; scores and parts as AudioJudge gives them. Options and errors: `Client`.
+
+    A model's name with Qwen2.5-Omni, Qwen3-Omni or Qwen2-Audio in it gets that family's messages and replies. Only the `top`
+    likeliest tokens come back. A side with no spelling among them counts as the least of them, so that its score errs towards
+    1/2; where both are absent `p_yes_mass` is 0, `rare` 1, and the score 1/2 or, with fallback "zero", 0.
+    """
+
+    def __init__(self, source: str, *, fallback: str = "sigmoid", **options):
+        check_choices(fallback=(fallback, FALLBACKS))
+        super().__init__(source, **options)
+        self.fallback = fallback
 
     def __call__(
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
@@ -85,23 +161,8 @@ class RemoteJudge:
             refuse_control_tokens(question, re.findall(r"<\|[^<>|]*\|>", question))
         heard = to_clips(audio, sample_rate, questions if clips is None else range(len(audio)), RATE, LONGEST)
         of = clip_of(questions, len(heard), clips)
-        stop, failed = threading.Event(), []
-
-        def ask(question: str, clip: int) -> tuple[float, float, bool]:
-            try:
-                return self._ask(heard[clip], question, stop)
-            except Exception as error:
-                failed.append(error)  # the first is the reason, what follows was stopped by it
-                stop.set()
-                raise
-
-        with ThreadPoolExecutor(min(self.in_flight, len(questions))) as pool:
-            try:
-                answers = list(pool.map(ask, questions, of))
-            except Exception:
-                raise failed[0] from None
-            finally:  # after one failure, or Ctrl-C, nothing more is sent
-                stop.set()
+        bodies = (partial(self.body, heard[clip], question) for question, clip in zip(questions, of, strict=True))
+        answers = self.send(bodies, len(questions))
         logit, mass, answered = (torch.tensor(column) for column in zip(*answers, strict=True))
         return judged(logit.float(), mass.float(), answered, self.fallback)
 
@@ -111,67 +172,18 @@ class RemoteJudge:
 
     def body(self, clip: Tensor, question: str) -> dict:
         """The request for a question about one clip (T,) at 16 kHz: one token, greedy, with its `top` log-probabilities."""
-        buffer = io.BytesIO()
-        soundfile.write(buffer, clip.cpu().numpy(), RATE, format="WAV", subtype="FLOAT")  # 16 bits are heard in quiet clips
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
-        sound = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
         return {
             "model": self.model,
-            "messages": conversation(self.family, sound, question),
+            "messages": conversation(self.family, sound_of(clip), question),
             "max_tokens": 1,
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": self.top,
         }
 
-    def _ask(self, clip: Tensor, question: str, stop: threading.Event) -> tuple[float, float, bool]:
-        body = json.dumps(self.body(clip, question)).encode()
-        for attempt in range(self.attempts):
-            if stop.wait(self.backoff * 2 ** (attempt - 1) if attempt else 0):
-                break
-            try:
-                status, reply = self._post(body)
-            except (OSError, http.client.HTTPException) as error:
-                reason = "no answer in time" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
-                continue
-            if status == 200:
-                return self.read(reply)
-            reason = f"status {status}: {self._shown(reply)}"
-            if status < 500 and status not in AGAIN:
-                raise ValueError(f"judge at {self.url} refuses the request, {reason}; {_advice(status, reply)}")
-        else:
-            raise ConnectionError(
-                f"judge at {self.url}: {self.attempts} attempts failed, the last with {reason}; start the server or correct its "
-                f"address, or raise timeout={self.timeout:g}"
-            )
-        raise ConnectionError(f"judge at {self.url}: stopped, another request failed")
-
-    def _post(self, body: bytes) -> tuple[int, bytes]:
-        kind = http.client.HTTPSConnection if self.at.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.at.hostname, self.at.port, timeout=self.timeout)
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-        try:
-            connection.request("POST", f"{self.at.path.rstrip('/')}/chat/completions", body, headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def _shown(self, reply: bytes) -> str:
-        text = " ".join(reply.decode("utf-8", "replace").split())[:200] or "an empty reply"
-        return text.replace(os.environ[KEY], "***") if os.environ.get(KEY) else text
-
     def read(self, reply: bytes) -> tuple[float, float, bool]:
         """Logit, share of probability of yes and no, and whether the likeliest token is a reply, of one server's answer."""
-        try:
-            choice = json.loads(reply)["choices"][0]
-            found = choice.get("logprobs")
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(
-                f"judge at {self.url} sends no chat completion but {self._shown(reply)!r}; name an OpenAI-compatible /v1 address"
-            ) from None
+        found = self.choices(reply)[0].get("logprobs")
         try:
             tokens = [(str(one["token"]), max(float(one["logprob"]), NEVER)) for one in found["content"][0]["top_logprobs"]]
         except (LookupError, TypeError, ValueError):
@@ -187,6 +199,13 @@ class RemoteJudge:
         logit = _joined(yes or [least]) - _joined(no or [least]) if yes or no else 0.0
         mass = sum(math.exp(value) for value in (*yes, *no))
         return logit, min(mass, 1.0), said in (self.family.replies or (*YES, *NO))
+
+
+def sound_of(clip: Tensor) -> dict:
+    """A clip (T,) at 16 kHz as a message's part."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, clip.cpu().numpy(), RATE, format="WAV", subtype="FLOAT")  # 16 bits are heard in quiet clips
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(buffer.getvalue()).decode("ascii"), "format": "wav"}}
 
 
 def family_named(model: str) -> Family:

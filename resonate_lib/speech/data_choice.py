@@ -1,0 +1,81 @@
+"""Which utterances reinforcement is trained on: at random, hard ones only, those of middling difficulty, or these with long ones.
+
+Difficulty is a pass rate: the share of a few sampled hypotheses that are right word for word. A group whose hypotheses all pass or
+all fail has no advantage; the most is learned where p (1 - p) is largest, at one half.
+Source: the construction of RL data in arXiv 2509.18569.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resonate_lib.knobs import unknown
+from resonate_lib.rewards.rules import words
+from resonate_lib.speech import token_policy
+from resonate_lib.speech.recognition import Recogniser, clips_of
+
+CHOICES = ("random", "hard", "middle", "middle_long")
+LONG_SHARE = 1 / 3  # of what "middle_long" chooses
+AT_ONCE = 24  # utterances of like length that are probed together
+
+
+def pass_rates(
+    recogniser: Recogniser, corpus, positions: Sequence[int], *, samples: int, generator: torch.Generator,
+    max_new_tokens: int = 48, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """The share (P,) of `samples` hypotheses, sampled for each of these P utterances, that are exact. Prints its progress."""
+    order = sorted(range(len(positions)), key=lambda place: len(corpus.audio[positions[place]]))
+    rates, told = torch.zeros(len(positions)), time.monotonic()
+    for start in range(0, len(order), AT_ONCE):
+        part = order[start : start + AT_ONCE]
+        with torch.no_grad():
+            inputs = recogniser.inputs(clips_of(corpus, [positions[place] for place in part]))
+        got = token_policy.sample(recogniser.model, inputs, group_size=samples, max_new_tokens=max_new_tokens,
+                                  temperature=temperature, generator=generator)  # fmt: skip
+        texts = recogniser.decode(got.ids, got.mask)
+        for row, place in enumerate(part):
+            asked = words(corpus.texts[positions[place]])
+            rates[place] = sum(words(text) == asked for text in texts[row * samples : (row + 1) * samples]) / samples
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            print(f"pass rates: {start + len(part)}/{len(order)} utterances", flush=True)
+    return rates
+
+
+def choose(kind: str, rates: Tensor, long: Sequence[bool], *, count: int, generator: torch.Generator) -> list[int]:
+    """`count` different indices into rates (P,), the pass rates; long (P,): which utterances are long.
+
+    "random": uniform. "hard": the lowest pass rates. "middle": those nearest to one half. "middle_long": the same, LONG_SHARE of
+    them long (fewer where there are not so many). Equal ones in random order. ValueError for another kind or too large a count.
+    """
+    if kind not in CHOICES:
+        raise ValueError(unknown("choice", kind, CHOICES))
+    if not 0 < count <= len(rates):
+        raise ValueError(f"count={count}: {len(rates)} utterances were probed; choose 1 to that many")
+    order = torch.randperm(len(rates), generator=generator)
+    if kind == "random":
+        return order[:count].tolist()
+    far = rates if kind == "hard" else (rates - 0.5).abs()
+    ranked = order[far[order].argsort(stable=True)].tolist()
+    if kind != "middle_long":
+        return ranked[:count]
+    lengthy, others = ([place for place in ranked if bool(long[place]) == wanted] for wanted in (True, False))
+    taken = lengthy[: round(LONG_SHARE * count)]
+    taken += others[: count - len(taken)]
+    return taken + [place for place in ranked if place not in set(taken)][: count - len(taken)]
+
+
+def facts(rates: Tensor, long: Sequence[bool], chosen: Sequence[int]) -> dict[str, float]:
+    """What a choice holds, for its row of a table: number, mean pass rate, shares of always right, never right, and long ones."""
+    kept = rates[list(chosen)]
+    return {
+        "utterances": len(kept),
+        "pass_rate": kept.mean().item(),
+        "always": (kept == 1).float().mean().item(),
+        "never": (kept == 0).float().mean().item(),
+        "long": sum(bool(long[place]) for place in chosen) / len(kept),
+    }
