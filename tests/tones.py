@@ -9,7 +9,7 @@ from resonate_lib.rewards.lalm import LalmShape
 
 WORDS = ("red", "green", "blue", "seven", "window", "banjo")
 RATE = 16000
-SHAPE = LalmShape(seconds=2, mels=32, n_fft=512, hop=250, width=48, heads=2, audio_layers=2, text_layers=1)
+SHAPE = LalmShape(seconds=2, mels=32, n_fft=512, hop=250, width=48, heads=2, audio_layers=2, text_layers=2)
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class Said:
     keywords: tuple[str, ...] = ()
 
 
+def said(name, text):
+    kind = "silence" if not text else "long" if len(text.split()) > 4 else "command"
+    return Said(name, text, kind, keywords=tuple(word for word in text.split() if word == "banjo"))
+
+
 class Tones:
     """As `data.speech.SpeechCorpus`, of which it has what recognition reads."""
 
@@ -28,8 +33,7 @@ class Tones:
 
     def __init__(self, texts, *, seed: int = 0, noise: float = 0.02):
         rng = np.random.default_rng(seed)
-        self.utterances = [Said(f"u{i}", text, "silence" if not text else "long" if len(text.split()) > 4 else "command", keywords=tuple(
-            word for word in text.split() if word == "banjo")) for i, text in enumerate(texts)]  # fmt: skip
+        self.utterances = [said(f"u{i}", text) for i, text in enumerate(texts)]
         self.audio = [np.rint(32767 * np.clip(clip(text, rng, noise), -1, 1)).astype(np.int16) for text in texts]
 
     @property

@@ -1,0 +1,132 @@
+"""Word errors, the hallucination rule and their tables, against counts by hand; and which utterances are chosen to train on."""
+
+import math
+from types import SimpleNamespace
+
+import jiwer
+import pytest
+import tones
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resonate_lib.evaluation import stats
+from resonate_lib.speech import data_choice, errors
+
+WORDS = st.lists(st.sampled_from(["yes", "no", "stop", "go"]), max_size=8).map(" ".join)
+
+
+def test_word_errors_by_hand():
+    assert errors.word_errors("Call Anna!", "call anna") == {
+        "words": 2, "errors": 0, "substitutions": 0, "deletions": 0, "insertions": 0,
+    }  # fmt: skip
+    assert errors.word_errors("call call hanna", "call anna now")["errors"] == 3
+    assert errors.word_errors("", "call anna") == {"words": 2, "errors": 2, "substitutions": 0, "deletions": 2, "insertions": 0}
+    assert errors.word_errors("so it is", "") == {"words": 0, "errors": 3, "substitutions": 0, "deletions": 0, "insertions": 3}
+    assert errors.word_errors("東京 now", "東京 now")["errors"] == 0
+
+
+@given(WORDS, WORDS)
+@settings(max_examples=50, deadline=None)
+def test_word_errors_are_jiwers_and_bounded(said, asked):
+    found = errors.word_errors(said, asked)
+    n, m = len(said.split()), len(asked.split())
+    assert abs(n - m) <= found["errors"] <= max(n, m) and found["insertions"] - found["deletions"] == n - m
+    if asked:
+        assert found["errors"] == round(jiwer.wer(asked, said) * m)
+
+
+def test_runs_and_loops():
+    assert [errors.longest_run(text) for text in ("", "yes", "yes no", "so it it it is")] == [0, 1, 1, 3]
+    assert errors.longest_run("go on and go on and go on and stop") == 3
+    assert errors.longest_run("a b c d a b c d a b c d") == 3 and errors.longest_run("a b c d e a b c d e a b c d e") == 1
+    assert errors.is_loop("stop the the the lamp", "stop the lamp")
+    assert not errors.is_loop("dial five five five", "dial five five five")
+    assert errors.is_loop("five five five five", "five five five")
+    assert not errors.is_loop("go go", "go")
+
+
+def test_the_rule_for_hallucination():
+    long = " ".join(f"w{i}" for i in range(40))
+    assert errors.hallucinates("the", "") and not errors.hallucinates("", "") and not errors.hallucinates("!?", "")
+    assert not errors.hallucinates("call hanna", "call anna")  # a mistake is not invented
+    assert not errors.hallucinates("call anna now", "call anna") and errors.hallucinates("call anna now please", "call anna")
+    assert not errors.hallucinates(long + " a b c", long) and errors.hallucinates(long + " a b c d", long)
+    assert errors.hallucinates(long + " and and and", long) and not errors.hallucinates("", long)
+
+
+@given(WORDS)
+@settings(max_examples=40, deadline=None)
+def test_what_was_said_is_never_a_hallucination(text):
+    assert not errors.hallucinates(text, text) and not errors.hallucinates("", text)
+
+
+def test_summary_by_hand():
+    said = [SimpleNamespace(id=f"u{i}", kind="command", voice="v", text="one two three four") for i in range(4)]
+    quiet = [SimpleNamespace(id=f"s{i}", kind="silence", voice="v", text="") for i in range(4)]
+    base = errors.judge(said, ["one two"] * 2 + ["one two three four"] * 2, system="base", part="test")
+    better = errors.judge(said, ["one two three"] + ["one two three four"] * 3, system="tuned", part="test")
+    over = [errors.judge(quiet, texts, system=name, part="silence") for name, texts in
+            (("base", ["a", "b", "", ""]), ("tuned", [""] * 4))]  # fmt: skip
+    table = errors.summary(errors.pd.concat([base, better, *over]), base="base", n=500).set_index(["system", "part"])
+    assert [table.loc[(name, "test"), "wer"] for name in ("base", "tuned")] == pytest.approx([4 / 16, 1 / 16])
+    line = table.loc[("tuned", "test")]
+    assert line["wer_change"] == pytest.approx(-3 / 16) and line["wer_relative"] == pytest.approx(-0.75)
+    assert line["wer_change_low"] <= -3 / 16 <= line["wer_change_high"] <= 0 and line["exact"] == 0.75
+    for name, cases in (("base", 2), ("tuned", 0)):
+        line = table.loc[(name, "silence")]
+        expected = stats.wilson(cases, 4)
+        assert (line["hallucination"], line["hallucination_low"], line["hallucination_high"]) == tuple(expected)
+        assert math.isnan(line["wer"]) and line["words"] == 0 and line["hallucinated"] == cases
+    with pytest.raises(ValueError, match="3 transcripts of 4 utterances"):
+        errors.judge(said, ["a"] * 3, system="base", part="test")
+
+
+# --- which utterances -----------------------------------------------------------------------------------------------------
+
+RATES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=3, max_size=30)
+
+
+@given(RATES, st.integers(0, 2**31), st.sampled_from(data_choice.CHOICES), st.data())
+@settings(max_examples=80, deadline=None)
+def test_choices_keep_what_they_say(values, seed, kind, data):
+    rates, long = torch.tensor(values), [bool(k % 3 == 0) for k in range(len(values))]
+    count = data.draw(st.integers(1, len(values)))
+    chosen = data_choice.choose(kind, rates, long, count=count, generator=torch.Generator().manual_seed(seed))
+    assert len(chosen) == len(set(chosen)) == count
+    assert chosen == data_choice.choose(kind, rates, long, count=count, generator=torch.Generator().manual_seed(seed))
+    left = [place for place in range(len(values)) if place not in chosen]
+    worth = {"hard": rates, "middle": (rates - 0.5).abs()}.get(kind)
+    if worth is not None and left:
+        assert worth[chosen].max() <= worth[left].min()
+    if kind == "middle_long":
+        assert sum(long[place] for place in chosen) >= min(round(data_choice.LONG_SHARE * count), sum(long))
+
+
+def test_choice_errors_and_facts():
+    rates, long, random = torch.tensor([0.0, 0.5, 1.0, 0.5]), [False, True, False, False], torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="unknown choice 'midle'; did you mean 'middle'"):
+        data_choice.choose("midle", rates, long, count=1, generator=random)
+    with pytest.raises(ValueError, match="count=5: 4 utterances were probed"):
+        data_choice.choose("random", rates, long, count=5, generator=random)
+    found = data_choice.facts(rates, long, [0, 1, 2])
+    assert found == {"utterances": 3, "pass_rate": 0.5, "always": pytest.approx(1 / 3), "never": pytest.approx(1 / 3),
+                     "long": pytest.approx(1 / 3)}  # fmt: skip
+
+
+def test_pass_rates_count_exact_samples(monkeypatch):
+    corpus = tones.Tones(["red", "green blue", "", "seven"])
+    said = {"red": ["Red!", "red", "blue", "red red"], "green blue": ["green blue"] * 4, "": ["", "a", "", ""], "seven": ["x"] * 4}
+    order = []
+
+    def inputs(clips):
+        order.append(sorted(range(4), key=lambda place: len(corpus.audio[place])))
+        return {}
+
+    def decode(ids, mask):
+        return [text for place in order[-1] for text in said[corpus.texts[place]]]
+
+    stub = SimpleNamespace(model=None, inputs=inputs, decode=decode)
+    monkeypatch.setattr(data_choice.token_policy, "sample", lambda *a, **k: SimpleNamespace(ids=None, mask=None))
+    rates = data_choice.pass_rates(stub, corpus, range(4), samples=4, generator=torch.Generator())
+    assert rates.tolist() == [0.5, 1.0, 0.75, 0.0]
