@@ -34,7 +34,7 @@ class RecognitionConfig(Config):
     max_new_tokens: int = knob(48, low=1)  # of a hypothesis; one that has not ended by then is cut off
     temperature: float = knob(1.0, above=0, high=2)
     top_p: float = knob(1.0, above=0, high=1)
-    reward: str = "wer+0.5*keyword-0.5*hallucination"  # rules of rewards/rules.py
+    reward: str = "wer+0.5*keyword-0.5*hallucination-0.5*insertion"  # rules of rewards/rules.py
     global_std: bool = False  # advantages over the deviation of all hypotheses of a round, else of their group
     learning_rate: float = knob(1e-4, above=0, high=1)
     warmup_steps: int = knob(3, low=0)  # rounds over which the rate rises

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import miniature_lalm
@@ -250,10 +251,11 @@ def test_groups_that_tie_are_left_out_and_a_round_of_ties_teaches_nothing(taught
 @pytest.mark.parametrize("objective", ["grpo", "mwer"])
 def test_reinforcement_lowers_word_errors_on_unseen_utterances(taught, pool, held_out, objective):
     recogniser = taught[0].fork()
-    config = RecognitionConfig(**SMALL | {"group_size": 8}, steps=16, learning_rate=1e-3, objective=objective, beta=0.0)
+    more = {"utterances_per_step": 24, "group_size": 8, "epochs": 3, "beta": 0.0, "learning_rate": 1e-3}
+    config = RecognitionConfig(**SMALL | more, steps=14, objective=objective)
     before = held_out_errors(recogniser, held_out)
     history = rl.train(recogniser, pool, reward, config, seed=1)
-    assert held_out_errors(recogniser, held_out) < 0.95 * before
+    assert held_out_errors(recogniser, held_out) < 0.9 * before
     assert max(row["first_ratio_deviation"] for row in history) < 1e-4
 
 
@@ -338,8 +340,8 @@ def test_an_engine_samples_and_the_policy_scores(taught, pool):
     recogniser = taught[0].fork()
     with serving(engine_of(taught[0])) as (url, seen):
         config = RecognitionConfig(**SMALL | {"utterances_per_step": 4, "group_size": 3}, steps=2, rollout_source=f"{url}#small")
-        random = torch.Generator().manual_seed(0)
-        made = rl.collect(recogniser, pool, reward, range(4), config, random, engine=Engine(f"{url}#small"))
+        random, cold = torch.Generator().manual_seed(0), replace(config, temperature=0.1)
+        made = rl.collect(recogniser, pool, reward, range(4), cold, random, engine=Engine(f"{url}#small"))
         history = rl.train(recogniser, pool, reward, config)
     assert made.numbers["engine_gap"] < 1e-3  # texts that encode as they were sampled, by the same weights
     assert history[0]["first_ratio_deviation"] < 1e-4 and "engine_gap" in history[0]

@@ -1,4 +1,5 @@
-"""Which utterances reinforcement is trained on: at random, hard ones only, those of middling difficulty, or these with long ones.
+"""Which utterances reinforcement is trained on (at random, hard ones only, those of middling difficulty, or these with long
+ones), and which it is judged by.
 
 Difficulty is a pass rate: the share of a few sampled hypotheses that are right word for word. A group whose hypotheses all pass or
 all fail has no advantage; the most is learned where p (1 - p) is largest, at one half.
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from resonate_lib.data.corpus import to_int16
+from resonate_lib.data.speech import SpeechCorpus, draw_utterances, open_speech, speak
 from resonate_lib.knobs import unknown
 from resonate_lib.rewards.rules import words
 from resonate_lib.speech import token_policy
@@ -21,6 +24,30 @@ from resonate_lib.speech.recognition import Recogniser, clips_of
 CHOICES = ("random", "hard", "middle", "middle_long")
 LONG_SHARE = 1 / 3  # of what "middle_long" chooses
 AT_ONCE = 24  # utterances of like length that are probed together
+POOL_SEED, TEST_SEED = 700, 900  # of what reinforcement draws from (+ seed), and of what judges, the same for every seed
+SHORT = ("command", "number", "name", "rare")
+
+
+def open_pool(config, speech, *, seed: int, cache):
+    """The training utterances that a choice is made from, of all kinds: none of the supervised start's sounds, and no sentence of
+    the test. config: a RecognitionConfig, speech: a SpeechConfig."""
+    return open_speech(speech, "train", seed=POOL_SEED + seed, cache=cache, count=config.probe_utterances)
+
+
+def open_tests(config, speech, *, cache) -> dict:
+    """{"test": short utterances, "silence", "long"}: sentences and half of the voices that no training has; the same for all seeds.
+
+    Of recordings (speech.folder) the longest are the long ones; silences are always made here.
+    """
+    silence = draw_utterances(config.eval_silence, split="test", seed=TEST_SEED, kinds=("silence",))
+    quiet = SpeechCorpus([to_int16(clip.numpy()) for clip in speak(silence)], silence)
+    options = {"seed": TEST_SEED, "cache": cache}
+    if speech.folder:
+        everything = open_speech(speech, "test", count=speech.test_utterances, **options)
+        order = sorted(range(len(everything)), key=lambda place: len(everything.audio[place]))
+        return {"test": everything, "silence": quiet, "long": everything.select(order[-config.eval_long :])}
+    test = open_speech(speech, "test", kinds=SHORT, **options)
+    return {"test": test, "silence": quiet, "long": open_speech(speech, "test", count=config.eval_long, kinds=("long",), **options)}
 
 
 def pass_rates(
@@ -38,7 +65,7 @@ def pass_rates(
                                   temperature=temperature, generator=generator)  # fmt: skip
         texts = recogniser.decode(got.ids, got.mask)
         for row, place in enumerate(part):
-            asked = words(corpus.texts[positions[place]])
+            asked = words(corpus.utterances[positions[place]].text)
             rates[place] = sum(words(text) == asked for text in texts[row * samples : (row + 1) * samples]) / samples
         if time.monotonic() - told > 5:
             told = time.monotonic()

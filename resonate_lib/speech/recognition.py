@@ -21,7 +21,6 @@ from transformers import AutoConfig, Qwen2AudioForConditionalGeneration, Qwen2Au
 from resonate_lib.models import storage
 from resonate_lib.rewards.lalm import LalmShape, conversation, mel_frames
 from resonate_lib.speech import token_policy
-from resonate_lib.speech.token_policy import end_tokens
 from resonate_lib.training import atomic_folder
 
 INSTRUCTION = "Transcribe the speech."
@@ -51,6 +50,13 @@ def hear(tower, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tenso
     return tower.layer_norm(pooled), tokens, hidden
 
 
+def answer_ends(processor: Qwen2AudioProcessor) -> list[int]:
+    """The ids that end an answer: the template's <|im_end|>, which is the one that is taught, and the tokenizer's end of text."""
+    tokenizer = processor.tokenizer
+    found = [tokenizer.get_vocab().get("<|im_end|>"), tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
 class Recogniser:
     """The model with its processor: clips in, transcripts out.
 
@@ -71,7 +77,8 @@ class Recogniser:
         if processor.audio_token in tail or INSTRUCTION not in tail:
             raise ValueError(f"the chat template gives {text!r}: one {processor.audio_token}, then the instruction are needed")
         self.head, self.tail = (processor.tokenizer.encode(part) for part in (head, tail))
-        self.end = end_tokens(model)
+        self.end = answer_ends(processor)
+        model.generation_config.eos_token_id = self.end  # where `token_policy` looks
 
     def fork(self) -> Recogniser:
         """A copy that is trained apart."""

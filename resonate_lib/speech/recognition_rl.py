@@ -156,7 +156,7 @@ def collect(
             ids, mask, old, gap = _sampled(recogniser, inputs, clips, config, generator, engine)
             if old is None:
                 old = token_policy.token_log_probs(recogniser.model, inputs, ids, mask)
-        batches.append(Batch(features, frames, ids, mask, old, [corpus.texts[place] for place in positions[part]]))
+        batches.append(Batch(features, frames, ids, mask, old, [corpus.utterances[place].text for place in positions[part]]))
         said += recogniser.decode(ids, mask)
         ends = torch.isin(ids, torch.tensor(recogniser.end, device=ids.device)) & mask
         cut += (~ends.any(-1)).tolist()

@@ -111,7 +111,7 @@ def fit_recogniser(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(i, steps, learning_rate, warmup=min(200, max(1, steps // 10)))
         positions = [kept[place] for place in draw_batch(lengths, batch_size, generator)]
-        texts = [corpus.texts[place] for place in positions]
+        texts = [corpus.utterances[place].text for place in positions]
         features, frames = recogniser.features(clips_of(corpus, positions))
         ids, mask = recogniser.encode(texts)
         with autocast(precision, device):
@@ -133,3 +133,29 @@ def fit_recogniser(
                               clips=len(kept), left_out=left_out)  # fmt: skip
     model.eval()
     return recogniser, history
+
+
+def open_start(run, config, speech, *, seed: int, cache) -> tuple[Recogniser, list[dict]]:
+    """The supervised start of a run: `config.source` where one is named, else `recogniser` of the run or the shipped one, else one
+    trained here on `config.supervised_kinds` of the corpus and saved. Also returns the training history, empty where none was.
+
+    config: a RecognitionConfig, speech: a SpeechConfig.
+    """
+    from resonate_lib.data.speech import open_speech, vocabulary
+
+    if config.source:
+        from resonate_lib.models import pretrained
+
+        found = Recogniser.load(config.source, dtype="bf16" if config.precision == "bf16" else "float32")
+        run.record("inputs", {"recogniser": pretrained.provenance(config.source)})
+        return found, []
+    folder, state = run.resolve_input("recogniser", optional=True), run.state("recogniser")
+    if folder is not None:
+        return Recogniser.load(folder), []
+    corpus = open_speech(speech, "train", seed=seed, cache=cache, kinds=config.supervised_kinds)
+    recogniser, history = fit_recogniser(
+        corpus, vocabulary=vocabulary(), steps=config.supervised_steps, batch_size=config.supervised_batch_size, seed=seed,
+        learning_rate=config.supervised_learning_rate, checkpoint=state,
+    )  # fmt: skip
+    recogniser.save(run.checkpoint("recogniser"), bits=8)
+    return Recogniser.load(run.resolve_input("recogniser")), history

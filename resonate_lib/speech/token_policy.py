@@ -30,8 +30,9 @@ class Sampled:
 
 
 def end_tokens(model) -> list[int]:
-    """The ids that end a sequence, by the model's text configuration. ValueError where it names none."""
-    ends = model.config.get_text_config().eos_token_id
+    """The ids that end a sequence, by the model's generation or text configuration. ValueError where neither names one."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = model.config.get_text_config().eos_token_id if ends is None else ends
     if ends is None:
         raise ValueError("the model's configuration names no eos_token_id: set it, or a sequence never ends")
     return list(ends) if isinstance(ends, (list, tuple)) else [ends]
