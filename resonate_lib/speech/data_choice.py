@@ -37,12 +37,12 @@ def open_pool(config, speech, *, seed: int, cache):
 def open_tests(config, speech, *, cache) -> dict:
     """{"test": short utterances, "silence", "long"}: sentences and half of the voices that no training has; the same for all seeds.
 
-    Of recordings (speech.folder) the longest are the long ones; silences are always made here.
+    Of recordings (speech.speech_folder) the longest are the long ones; silences are always made here.
     """
     silence = draw_utterances(config.eval_silence, split="test", seed=TEST_SEED, kinds=("silence",))
     quiet = SpeechCorpus([to_int16(clip.numpy()) for clip in speak(silence)], silence)
     options = {"seed": TEST_SEED, "cache": cache}
-    if speech.folder:
+    if speech.speech_folder:
         everything = open_speech(speech, "test", count=speech.test_utterances, **options)
         order = sorted(range(len(everything)), key=lambda place: len(everything.audio[place]))
         return {"test": everything, "silence": quiet, "long": everything.select(order[-config.eval_long :])}
