@@ -179,10 +179,10 @@ class Recogniser:
 
     @classmethod
     def load(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None, **options) -> Recogniser:
-        """What `save` wrote, in float32; else the published model in a folder or behind a hub id ("Qwen/Qwen2-Audio-7B-Instruct").
+        """What `save` wrote, or the published model in a folder or behind a hub id ("Qwen/Qwen2-Audio-7B-Instruct").
 
-        dtype, device: of a published one, as `omni.load_judge` takes them; None is the GPU where there is one. The network is used
-        for a hub id alone. ValueError or FileNotFoundError, one line each.
+        dtype: float32 or bf16. device: None is the CPU for what `save` wrote, and for a published one the GPU where there is one
+        (`omni.load_judge`). The network is used for a hub id alone. ValueError or FileNotFoundError, one line each.
         """
         folder = Path(source)
         if not (folder / "model_card.json").is_file():
@@ -199,7 +199,7 @@ class Recogniser:
         model.load_state_dict(storage.read(folder / "model.safetensors"))
         model.model.audio_tower.embed_positions.requires_grad_(True)
         processor = Qwen2AudioProcessor.from_pretrained(folder, local_files_only=True)
-        model = model.to(device) if device else model
+        model = model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
         return cls(model, processor, card=card["training"], **options)
 
 
