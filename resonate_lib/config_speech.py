@@ -59,7 +59,8 @@ class RecognitionConfig(Config):
     supervised_steps: int = knob(5000, low=1)  # of the supervised start where it is trained here
     supervised_batch_size: int = knob(32, low=1)
     supervised_learning_rate: float = knob(2e-3, above=0, high=1)
-    supervised_kinds: tuple[str, ...] = ("command", "number", "name", "rare", "long")  # no silences: RL meets those first
+    supervised_kinds: tuple[str, ...] = ("command", "number", "name", "rare", "long")  # of the corpus; silences are few:
+    supervised_silences: int = knob(6, low=0)  # enough that an empty transcript is ever sampled, for RL to make more of it
 
     def check(self) -> None:
         if self.utterances_per_step > self.chosen:

@@ -89,29 +89,41 @@ RATES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=3, max_s
 
 @given(RATES, st.integers(0, 2**31), st.sampled_from(data_choice.CHOICES), st.data())
 @settings(max_examples=80, deadline=None)
-def test_choices_keep_what_they_say(values, seed, kind, data):
-    rates, long = torch.tensor(values), [bool(k % 3 == 0) for k in range(len(values))]
+def test_choices_keep_what_they_say(values, seed, choice, data):
+    rates, kinds = torch.tensor(values), [("long", "rare", "silence", "name")[k % 4] for k in range(len(values))]
     count = data.draw(st.integers(1, len(values)))
-    chosen = data_choice.choose(kind, rates, long, count=count, generator=torch.Generator().manual_seed(seed))
+    chosen = data_choice.choose(choice, rates, kinds, count=count, generator=torch.Generator().manual_seed(seed))
     assert len(chosen) == len(set(chosen)) == count
-    assert chosen == data_choice.choose(kind, rates, long, count=count, generator=torch.Generator().manual_seed(seed))
-    left = [place for place in range(len(values)) if place not in chosen]
-    worth = {"hard": rates, "middle": (rates - 0.5).abs()}.get(kind)
-    if worth is not None and left:
-        assert worth[chosen].max() <= worth[left].min()
-    if kind == "middle_long":
-        assert sum(long[place] for place in chosen) >= min(round(data_choice.LONG_SHARE * count), sum(long))
+    assert chosen == data_choice.choose(choice, rates, kinds, count=count, generator=torch.Generator().manual_seed(seed))
+    held = [kinds[place] for place in chosen]
+    assert held.count("silence") >= min(round(data_choice.SILENT_SHARE * count), kinds.count("silence"))
+    worth = {"hard": rates, "middle": (rates - 0.5).abs()}.get(choice)
+    spoken = [place for place in range(len(values)) if kinds[place] != "silence"]
+    kept, left = ([place for place in spoken if (place in chosen) == own] for own in (True, False))
+    if worth is not None and kept and left:
+        assert worth[kept].max() <= worth[left].min()
+    if left:  # a silence stands for nothing that could have been taken
+        assert held.count("silence") <= round(data_choice.SILENT_SHARE * count)
+    if choice == "middle_long":
+        assert held.count("long") >= min(round(data_choice.LONG_SHARE * count), kinds.count("long"))
 
 
 def test_choice_errors_and_facts():
-    rates, long, random = torch.tensor([0.0, 0.5, 1.0, 0.5]), [False, True, False, False], torch.Generator().manual_seed(0)
+    rates, random = torch.tensor([0.0, 0.5, 1.0, 0.5]), torch.Generator().manual_seed(0)
+    kinds = ["rare", "long", "silence", "rare"]
     with pytest.raises(ValueError, match="unknown choice 'midle'; did you mean 'middle'"):
-        data_choice.choose("midle", rates, long, count=1, generator=random)
+        data_choice.choose("midle", rates, kinds, count=1, generator=random)
     with pytest.raises(ValueError, match="count=5: 4 utterances were probed"):
-        data_choice.choose("random", rates, long, count=5, generator=random)
-    found = data_choice.facts(rates, long, [0, 1, 2])
-    assert found == {"utterances": 3, "pass_rate": 0.5, "always": pytest.approx(1 / 3), "never": pytest.approx(1 / 3),
-                     "long": pytest.approx(1 / 3)}  # fmt: skip
+        data_choice.choose("random", rates, kinds, count=5, generator=random)
+    found = data_choice.facts(rates, kinds, [0, 1, 2])
+    third = pytest.approx(1 / 3)
+    assert found == {"utterances": 3, "pass_rate": 0.5, "always": third, "never": third, "long": third, "silent": third}
+
+
+def test_silences_are_silent_and_need_nothing_installed():
+    quiet = data_choice.silences(3, "test", seed=1)
+    assert quiet.texts == [""] * 3 and all(0.8 <= len(clip) / 16000 <= 4 for clip in quiet.audio)
+    assert len(data_choice.silences(0, "test", seed=1)) == 0
 
 
 def test_pass_rates_count_exact_samples(monkeypatch):

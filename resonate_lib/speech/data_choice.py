@@ -23,9 +23,16 @@ from resonate_lib.speech.recognition import Recogniser, clips_of
 
 CHOICES = ("random", "hard", "middle", "middle_long")
 LONG_SHARE = 1 / 3  # of what "middle_long" chooses
+SILENT_SHARE = 0.1  # of what any choice holds: few of a silence's hypotheses pass at first, so that no pass rate would keep them
 AT_ONCE = 24  # utterances of like length that are probed together
 POOL_SEED, TEST_SEED = 700, 900  # of what reinforcement draws from (+ seed), and of what judges, the same for every seed
 SHORT = ("command", "number", "name", "rare")
+
+
+def silences(count: int, split: str, *, seed: int) -> SpeechCorpus:
+    """Clips in which nothing is said, over noise; made anew, in no time, and without the speech packages."""
+    utterances = draw_utterances(count, split=split, seed=seed, kinds=("silence",)) if count else []
+    return SpeechCorpus([to_int16(clip.numpy()) for clip in speak(utterances)], utterances)
 
 
 def open_pool(config, speech, *, seed: int, cache):
@@ -39,8 +46,7 @@ def open_tests(config, speech, *, cache) -> dict:
 
     Of recordings (speech.speech_folder) the longest are the long ones; silences are always made here.
     """
-    silence = draw_utterances(config.eval_silence, split="test", seed=TEST_SEED, kinds=("silence",))
-    quiet = SpeechCorpus([to_int16(clip.numpy()) for clip in speak(silence)], silence)
+    quiet = silences(config.eval_silence, "test", seed=TEST_SEED)
     options = {"seed": TEST_SEED, "cache": cache}
     if speech.speech_folder:
         everything = open_speech(speech, "test", count=speech.test_utterances, **options)
@@ -73,36 +79,37 @@ def pass_rates(
     return rates
 
 
-def choose(kind: str, rates: Tensor, long: Sequence[bool], *, count: int, generator: torch.Generator) -> list[int]:
-    """`count` different indices into rates (P,), the pass rates; long (P,): which utterances are long.
+def choose(choice: str, rates: Tensor, kinds: Sequence[str], *, count: int, generator: torch.Generator) -> list[int]:
+    """`count` different indices into rates (P,), the pass rates; kinds (P,): of the utterances, among them "long" and "silence".
 
-    "random": uniform. "hard": the lowest pass rates. "middle": those nearest to one half. "middle_long": the same, LONG_SHARE of
-    them long (fewer where there are not so many). Equal ones in random order. ValueError for another kind or too large a count.
+    SILENT_SHARE are silences at random. Of the others "random" takes any, "hard" the lowest pass rates, "middle" those nearest to
+    one half, "middle_long" the same, of which LONG_SHARE of `count` are long; equal ones in random order. Where there are too few
+    of a kind, others take their places. ValueError for another choice or too large a count.
     """
-    if kind not in CHOICES:
-        raise ValueError(unknown("choice", kind, CHOICES))
+    if choice not in CHOICES:
+        raise ValueError(unknown("choice", choice, CHOICES))
     if not 0 < count <= len(rates):
         raise ValueError(f"count={count}: {len(rates)} utterances were probed; choose 1 to that many")
     order = torch.randperm(len(rates), generator=generator)
-    if kind == "random":
-        return order[:count].tolist()
-    far = rates if kind == "hard" else (rates - 0.5).abs()
+    far = {"random": torch.zeros(len(rates)), "hard": rates}.get(choice, (rates - 0.5).abs())
     ranked = order[far[order].argsort(stable=True)].tolist()
-    if kind != "middle_long":
-        return ranked[:count]
-    lengthy, others = ([place for place in ranked if bool(long[place]) == wanted] for wanted in (True, False))
-    taken = lengthy[: round(LONG_SHARE * count)]
-    taken += others[: count - len(taken)]
-    return taken + [place for place in ranked if place not in set(taken)][: count - len(taken)]
+    taken = [place for place in order.tolist() if kinds[place] == "silence"][: round(SILENT_SHARE * count)]
+    if choice == "middle_long":
+        taken += [place for place in ranked if kinds[place] == "long"][: round(LONG_SHARE * count)]
+    later = {"silence": 2, "long": int(choice == "middle_long")}  # what only fills up
+    own = set(taken)
+    rest = sorted((place for place in ranked if place not in own), key=lambda place: later.get(kinds[place], 0))
+    return taken + rest[: count - len(taken)]
 
 
-def facts(rates: Tensor, long: Sequence[bool], chosen: Sequence[int]) -> dict[str, float]:
-    """What a choice holds, for its row of a table: number, mean pass rate, shares of always right, never right, and long ones."""
-    kept = rates[list(chosen)]
+def facts(rates: Tensor, kinds: Sequence[str], chosen: Sequence[int]) -> dict[str, float]:
+    """What a choice holds, for its row of a table: number, mean pass rate, shares of always right, never right, long, silent."""
+    kept, own = rates[list(chosen)], [kinds[place] for place in chosen]
     return {
         "utterances": len(kept),
         "pass_rate": kept.mean().item(),
         "always": (kept == 1).float().mean().item(),
         "never": (kept == 0).float().mean().item(),
-        "long": sum(bool(long[place]) for place in chosen) / len(kept),
+        "long": own.count("long") / len(own),
+        "silent": own.count("silence") / len(own),
     }

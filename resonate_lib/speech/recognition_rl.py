@@ -100,7 +100,7 @@ def mwer_loss(log_probs: Tensor, errors: Tensor, group_ids: Tensor, distinct: Te
     """Expected word errors of the distinct hypotheses of each utterance, less their mean, averaged over utterances; 0-dim.
 
     log_probs (n,): of whole hypotheses; errors, group_ids (n,); distinct (n,) bool: the first of equal ones. With P renormalised
-    over an utterance's distinct hypotheses: sum_i P_i (W_i - mean W). Source: arXiv 1712.01818, equations 5 and 6 (N-best).
+    over an utterance's distinct hypotheses: sum_i P_i (W_i - mean W). Source: the N-best loss of arXiv 1712.01818.
     """
     losses = []
     for group in group_ids.unique():
@@ -163,23 +163,27 @@ def collect(
         entropies += token_policy.sequence_mean(-old, mask).tolist()
         gaps.append(gap)
     utterances = [corpus.utterances[place] for place in positions for _ in range(config.group_size)]
+    made = _scored(batches, said, utterances, reward, config)
+    made.numbers |= {"cut_off": sum(cut) / len(cut), "entropy": sum(entropies) / len(entropies)}  # nats a token, of what was drawn
+    made.numbers |= {"engine_gap": mean_of([{"gap": gap} for gap in gaps])["gap"]} if engine else {}
+    return made
+
+
+def _scored(batches: list[Batch], said: list[str], utterances: list, reward: RuleReward, config) -> Round:
+    """The round of these hypotheses: rewards, errors and advantages, in the round and in its batches."""
     scores, named = zip(*(reward(*pair) for pair in zip(said, utterances, strict=True)), strict=True)
     tensors = {name: torch.tensor([float(row[name]) for row in named]) for name in named[0]}
-    errors = torch.tensor([float(word_errors(text, one.text)["errors"]) for text, one in zip(said, utterances, strict=True)])
-    group_ids = torch.arange(len(positions)).repeat_interleave(config.group_size)
-    asked = sum(len(one.text.split()) for one in utterances)
-    numbers = {
-        "wer": errors.sum().item() / max(asked, 1),
-        "hallucinated": sum(map(hallucinates, said, (one.text for one in utterances))) / len(said),
-        "cut_off": sum(cut) / len(cut),
-        "entropy": sum(entropies) / len(entropies),  # nats a token, of what was drawn
-    }
-    numbers |= {"engine_gap": mean_of([{"gap": gap} for gap in gaps])["gap"]} if engine else {}
+    found = [word_errors(text, one.text) for text, one in zip(said, utterances, strict=True)]
+    invented = sum(hallucinates(text, one.text) for text, one in zip(said, utterances, strict=True))
+    errors = torch.tensor([float(row["errors"]) for row in found])
+    numbers = {"wer": errors.sum().item() / max(sum(row["words"] for row in found), 1), "hallucinated": invented / len(said)}
+    group_ids = torch.arange(len(said) // config.group_size).repeat_interleave(config.group_size)
     made = Round(batches, torch.tensor(scores).float(), tensors, group_ids, errors, said, utterances, numbers)
-    advantages = group_advantages(made.rewards, group_ids, global_std=config.global_std)
-    for batch, rows in zip(batches, parts(len(positions), config.micro_batch), strict=True):
-        own = slice(rows.start * config.group_size, rows.stop * config.group_size)
+    advantages, first = group_advantages(made.rewards, group_ids, global_std=config.global_std), 0
+    for batch in batches:
+        own = slice(first, first + len(batch.ids))
         batch.advantages, batch.errors = (values[own].to(batch.ids.device) for values in (advantages, errors))
+        first = own.stop
     return made
 
 

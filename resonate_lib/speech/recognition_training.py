@@ -137,11 +137,13 @@ def fit_recogniser(
 
 def open_start(run, config, speech, *, seed: int, cache) -> tuple[Recogniser, list[dict]]:
     """The supervised start of a run: `config.source` where one is named, else `recogniser` of the run or the shipped one, else one
-    trained here on `config.supervised_kinds` of the corpus and saved. Also returns the training history, empty where none was.
+    trained here, on `config.supervised_kinds` of the corpus and a few silences, and saved. Also returns the training history,
+    empty where none was.
 
     config: a RecognitionConfig, speech: a SpeechConfig.
     """
-    from resonate_lib.data.speech import open_speech, vocabulary
+    from resonate_lib.data.speech import SpeechCorpus, open_speech, vocabulary
+    from resonate_lib.speech.data_choice import silences
 
     if config.source:
         from resonate_lib.models import pretrained
@@ -152,7 +154,9 @@ def open_start(run, config, speech, *, seed: int, cache) -> tuple[Recogniser, li
     folder, state = run.resolve_input("recogniser", optional=True), run.state("recogniser")
     if folder is not None:
         return Recogniser.load(folder), []
-    corpus = open_speech(speech, "train", seed=seed, cache=cache, kinds=config.supervised_kinds)
+    spoken = open_speech(speech, "train", seed=seed, cache=cache, kinds=config.supervised_kinds)
+    quiet = silences(config.supervised_silences, "train", seed=seed)
+    corpus = SpeechCorpus([*spoken.audio, *quiet.audio], [*spoken.utterances, *quiet.utterances])
     recogniser, history = fit_recogniser(
         corpus, vocabulary=vocabulary(), steps=config.supervised_steps, batch_size=config.supervised_batch_size, seed=seed,
         learning_rate=config.supervised_learning_rate, checkpoint=state,
