@@ -206,8 +206,8 @@ def batch_loss(recogniser: Recogniser, batch: Batch, config) -> tuple[Tensor, di
     group_ids = torch.arange(len(batch.frames), device=new.device).repeat_interleave(config.group_size)
     distinct = first_of_equal(batch.ids, batch.mask, group_ids)
     loss = expected = mwer_loss(new.sum(-1), batch.errors, group_ids, distinct)
-    off = (torch.exp(new - batch.old) - 1).abs()[batch.mask].max().item()
-    metrics = {"expected_errors": expected.item(), "ratio_deviation": off}
+    off = (torch.exp(new - batch.old) - 1).abs() * batch.mask
+    metrics = {"expected_errors": expected.item(), "ratio_deviation": off.max().item()}
     if config.ce_weight:
         ids, mask = recogniser.encode(batch.texts)
         ce = -token_policy.token_log_probs(recogniser.model, inputs, ids, mask).sum(-1).mean()
