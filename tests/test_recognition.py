@@ -182,6 +182,12 @@ def test_batches_hold_clips_of_like_length_and_every_clip_equally_often():
     assert np.mean(spans) < 25  # of 90
 
 
+def test_short_clips_come_first_and_all_of_them_in_time():
+    counts = [training.admitted(step, 100, 1000) for step in range(100)]
+    assert counts[0] == 150 and counts == sorted(counts) and counts[29] < 1000 == counts[30] == counts[-1]
+    assert training.admitted(0, 1, 2) == 1
+
+
 def test_ctc_is_minus_the_log_of_all_alignments():
     logits = torch.randn(1, 4, 1 + len(training.LETTERS), generator=torch.Generator().manual_seed(0))
     chance, target = logits[0].softmax(-1), training.letters_of("Ab!")

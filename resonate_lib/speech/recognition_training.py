@@ -21,6 +21,7 @@ from resonate_lib.speech.recognition import INSTRUCTION, SHAPE, Recogniser, clip
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz0123456789"  # what CTC writes; its class 0 is the blank
 POOL = 8  # batches' worth of clips that are drawn together and cut into batches of like length
+RAMP, FIRST = 0.3, 0.15  # share of the steps over which longer clips come in, and of the clips, the shortest, it begins with
 MASKS = (2, 8, 2, 12)  # SpecAugment (arXiv 1904.08779): number and most mel bands, number and most frames that are hidden
 
 
@@ -39,6 +40,11 @@ def draw_batch(lengths: Sequence[int], batch_size: int, generator: torch.Generat
         total += lengths[place]
     part = [positions for positions in part if positions]
     return part[int(torch.randint(len(part), (1,), generator=generator))]
+
+
+def admitted(step: int, steps: int, count: int) -> int:
+    """How many of `count` clips, the shortest first, are trained on in a step: all from RAMP of the steps on."""
+    return max(1, round(count * min(1.0, FIRST + (1 - FIRST) * step / max(1.0, RAMP * steps))))
 
 
 def hide(features: Tensor, frames: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,7 +90,7 @@ def fit_recogniser(
     seed: int,
     shape: LalmShape = SHAPE,
     learning_rate: float = 2e-3,
-    ctc_weight: float = 0.5,
+    ctc_weight: float = 1.0,
     checkpoint: Path | None = None,
     precision: str = "float32",
     device: str = "cpu",
@@ -92,11 +98,14 @@ def fit_recogniser(
     """Trains a recogniser from nothing; returns it and the history (losses in nats a token and a letter, share of right tokens).
 
     corpus: `data.speech.SpeechCorpus`, all of its clips that fit. vocabulary: words that become one token each. Only the answer's
-    tokens are scored. batch_size: clips of mean length in a batch (`draw_batch`).
+    tokens are scored. batch_size: clips of mean length in a batch (`draw_batch`). Short clips come first (`admitted`): in them it
+    is soonest found out which sound is which word. From when on all are there, parts of them are hidden (`hide`).
+    After 300 steps on 1,500 clips with ever longer ones, 0.69 of validation's words are wrong; after 400 of any length, 0.95.
     """
     from resonate_lib.training import autocast, fit
 
     kept, left_out = fitting(corpus, shape.seconds)
+    kept = sorted(kept, key=lambda place: len(corpus.audio[place]))
     lengths = [len(corpus.audio[place]) for place in kept]
     processor = build_processor([*vocabulary, INSTRUCTION], shape)
     recogniser = Recogniser(build_model(processor, shape, seed=seed).to(device), processor)
@@ -110,12 +119,14 @@ def fit_recogniser(
     def step(i: int, generator: torch.Generator) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(i, steps, learning_rate, warmup=min(200, max(1, steps // 10)))
-        positions = [kept[place] for place in draw_batch(lengths, batch_size, generator)]
+        count = admitted(i, steps, len(kept))
+        positions = [kept[place] for place in draw_batch(lengths[:count], batch_size, generator)]
         texts = [corpus.utterances[place].text for place in positions]
         features, frames = recogniser.features(clips_of(corpus, positions))
         ids, mask = recogniser.encode(texts)
         with autocast(precision, device):
-            inputs, states = recogniser.prompts(hide(features, frames, generator), frames)
+            heard = hide(features, frames, generator) if count == len(kept) else features  # what is new is not hidden yet
+            inputs, states = recogniser.prompts(heard, frames)
             logits = token_policy.token_logits(model, inputs, ids)[mask].float()
             letters = head(states)
         loss = F.cross_entropy(logits, ids[mask])
