@@ -41,7 +41,7 @@ class RecognitionConfig(Config):
     epochs: int = knob(2, low=1)  # updates of a round, each over all of its hypotheses
     clip_range: float = knob(0.2, above=0, high=1)  # of the ratio of one token's probabilities
     beta: float = knob(0.02, low=0)  # weight of the KL to the supervised start, nats a token
-    ce_weight: float = knob(0.01, low=0)  # mwer: weight of the reference's own log-likelihood
+    ce_weight: float = knob(0.2, low=0)  # mwer: of the reference's log-likelihood; published 0.01, with N-best lists of a beam
     trained: str = knob("all", choices=("all", "lora"))
     lora_rank: int = knob(16, low=1)
     lora_alpha: float = knob(32.0, above=0)

@@ -257,13 +257,16 @@ def test_groups_that_tie_are_left_out_and_a_round_of_ties_teaches_nothing(taught
 @pytest.mark.parametrize("objective", ["grpo", "mwer"])
 def test_reinforcement_lowers_word_errors_on_unseen_utterances(taught, pool, held_out, objective):
     recogniser = taught[0].fork()
-    more = {"utterances_per_step": 24, "group_size": 8, "epochs": 3, "beta": 0.0, "learning_rate": 1e-3}
-    config = RecognitionConfig(**SMALL | more, steps=14, objective=objective)
-    before = held_out_errors(recogniser, held_out)
+    more = {"utterances_per_step": 24, "group_size": 8, "beta": 0.0, "learning_rate": 1e-3}
+    config = RecognitionConfig(**SMALL | more, steps=12, objective=objective)
+
+    def sampled_errors():
+        made = rl.collect(recogniser, held_out, reward, range(60), config, torch.Generator().manual_seed(0))
+        return made.errors.mean().item()
+
+    before = sampled_errors()
     history = rl.train(recogniser, pool, reward, config, seed=1)
-    assert held_out_errors(recogniser, held_out) < before
-    first, last = (sum(row["reward_mean"] for row in rows) / 3 for rows in (history[:3], history[-3:]))
-    assert last > first + 0.1
+    assert sampled_errors() < 0.9 * before
     assert max(row["first_ratio_deviation"] for row in history) < 1e-4
 
 

@@ -101,6 +101,7 @@ def mwer_loss(log_probs: Tensor, errors: Tensor, group_ids: Tensor, distinct: Te
 
     log_probs (n,): of whole hypotheses; errors, group_ids (n,); distinct (n,) bool: the first of equal ones. With P renormalised
     over an utterance's distinct hypotheses: sum_i P_i (W_i - mean W). Source: the N-best loss of arXiv 1712.01818.
+    Alone it says nothing of what was not sampled, and probability leaks there (entropy rises): `ce_weight` holds it.
     """
     losses = []
     for group in group_ids.unique():
