@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from resonate_lib.config_speech import RecognitionConfig, SpeechConfig, SynthesisConfig
+from resonate_lib.config_speech import RecognitionConfig, SpeakerConfig, SpeechConfig, SynthesisConfig
 from resonate_lib.knobs import Config, field_types, knob, unknown
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -404,6 +404,7 @@ CONFIGS: tuple[type[Config], ...] = (
     ListenConfig,
     SpeechConfig,
     RecognitionConfig,
+    SpeakerConfig,
     SynthesisConfig,
 )
 SECTIONS: dict[str, type[Config]] = {cls.section: cls for cls in CONFIGS}
@@ -421,7 +422,7 @@ NOTEBOOK_CONFIGS: dict[str, tuple[type[Config], ...]] = {
     "07": (ListenConfig,),
     "08": (PPOConfig, DiffusionConfig),
     "09": (RecognitionConfig, SpeechConfig),
-    "10": (SynthesisConfig, SpeechConfig),
+    "10": (SynthesisConfig, SpeakerConfig, SpeechConfig),
 }
 
 

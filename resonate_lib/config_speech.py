@@ -71,8 +71,56 @@ class RecognitionConfig(Config):
 
 
 @dataclass(frozen=True)
+class SpeakerConfig(Config):
+    """Notebook 10: the supervised start of the speaker and what reads its tokens, where they are trained here."""
+
+    section: ClassVar[str] = "speaker"
+    train_lines: int = knob(6000, low=8)  # spoken by espeak-ng
+    tokenizer_steps: int = knob(1500, low=1)
+    tokenizer_batch_size: int = knob(32, low=1)
+    codes: int = knob(512, low=2, high=65536)  # of the codebook
+    hop: int = knob(256, low=64)  # samples a frame; two frames are a token: 31 tokens a second
+    steps: int = knob(4000, low=1)  # of the language model
+    batch_size: int = knob(32, low=1)
+    learning_rate: float = knob(2e-3, above=0, high=1)
+    width: int = knob(128, low=16)
+    layers: int = knob(4, low=1)
+    heads: int = knob(4, low=1)
+    reader_steps: int = knob(1500, low=1)  # of the token-to-text reward
+    reader_batch_size: int = knob(32, low=1)
+    precision: str = knob("auto", choices=("auto", "float32", "bf16"))
+
+    def check(self) -> None:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width={self.width}: must be a multiple of 2 * heads={2 * self.heads}")
+
+
+@dataclass(frozen=True)
 class SynthesisConfig(Config):
     """Notebook 10: reinforcement of a language model that speaks in tokens."""
 
     section: ClassVar[str] = "synthesis"
-    steps: int = knob(40, low=1)  # rounds of sampling and updating
+    objective: str = knob("both", choices=("grpo", "diffro", "both"))
+    filtering: bool = True  # leave out failed decodes, odd lengths and groups without spread
+    steps: int = knob(16, low=1)  # rounds of sampling and updating
+    lines_per_step: int = knob(8, low=1)
+    group_size: int = knob(8, low=2, why="a group of one has no advantage; use 2 or more")  # samples of a line
+    max_tokens: int = knob(140, low=1)  # of a sample; one that has not ended by then has failed
+    temperature: float = knob(1.0, above=0, high=2)
+    learning_rate: float = knob(2e-4, above=0, high=1)
+    warmup_steps: int = knob(3, low=0)  # rounds over which the rate rises
+    epochs: int = knob(2, low=1)  # updates of a round
+    clip_range: float = knob(0.2, above=0, high=1)  # GRPO: of the ratio of one token's probabilities
+    beta: float = knob(0.04, low=0)  # weight of the KL to the supervised start, nats a token
+    diffro_weight: float = knob(0.5, low=0)  # "both": DiffRO's loss beside GRPO's
+    gumbel_start: float = knob(2.0, above=0)  # DiffRO: temperature of the draws, first round
+    gumbel_end: float = knob(0.5, above=0)  # and last
+    text_weight: float = knob(1.0, low=0)  # of the multi-task reward
+    attribute_weight: float = knob(0.2, low=0)  # of pitch and of rate
+    quality_weight: float = knob(0.2, low=0)
+    min_spread: float = knob(0.02, low=0)  # filtering: of a group's rewards
+    length_deviations: float = knob(4.0, above=0)  # filtering: from the median length of a group
+    decode_iterations: int = knob(4, low=1, high=1000)  # Griffin-Lim rounds for the recogniser's ear
+    max_grad_norm: float = knob(1.0, above=0)
+    eval_lines: int = knob(80, low=2)  # held-out lines the judge hears
+    bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval

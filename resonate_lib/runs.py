@@ -69,6 +69,9 @@ MADE_BY = {
     "ppo_dpo": "08",
     "recogniser": "09",
     "recogniser_rl": "09",
+    "speaker": "10",
+    "speech_reward": "10",
+    "speaker_rl": "10",
 }
 
 

@@ -1,0 +1,51 @@
+"""Training everything that notebook 10 starts from: the tokenizer, the speaker and the reward model that reads its tokens.
+
+All three learn from the same natural speech; none of it is of the validation or test split.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from resonate_lib.config_speech import SpeakerConfig
+from resonate_lib.knobs import field_types
+from resonate_lib.speech.lines import draw_lines, learn_limits, natural
+from resonate_lib.speech.synthesis import SpeakerShape, fit_speaker
+from resonate_lib.speech.token_reward import ReaderShape, fit_reader
+from resonate_lib.speech.tokenizer import TokenizerShape, fit_tokenizer
+
+NAMES = ("speaker", "speech_reward")
+
+
+def missing(run) -> list[str]:
+    """Those of NAMES that notebook 10 trains first: where one is nowhere, both, since they share their tokens."""
+    return [] if all(run.resolve_input(name, optional=True) for name in NAMES) else list(NAMES)
+
+
+def build(config: SpeakerConfig, folders: dict[str, Path], *, seed: int, states: dict[str, Path | None]) -> dict[str, list[dict]]:
+    """Train tokenizer, speaker and token reward from nothing and save the last two in `folders` (by NAMES; the tokenizer goes with
+    the speaker); returns {name: history}, "tokenizer" among them.
+
+    states: the files (tokenizer, speaker, speech_reward) that a killed training goes on from, None for none.
+    """
+    lines = draw_lines(config.train_lines, split="train", seed=seed)
+    print(f"speaking {len(lines)} lines", flush=True)
+    clips = natural(lines)
+    shape = TokenizerShape(codes=config.codes, hop=config.hop)
+    histories = {}
+    tokenizer, histories["tokenizer"] = fit_tokenizer(clips, steps=config.tokenizer_steps, batch_size=config.tokenizer_batch_size,
+                                                      seed=seed, shape=shape, checkpoint=states.get("tokenizer"))
+    tokens = tokenizer.encode(clips)
+    sizes = SpeakerShape(width=config.width, layers=config.layers, heads=config.heads, hidden=3 * config.width)
+    speaker, histories["speaker"] = fit_speaker(tokenizer, lines, tokens, steps=config.steps, batch_size=config.batch_size,
+                                                seed=seed, shape=sizes, learning_rate=config.learning_rate,
+                                                checkpoint=states.get("speaker"), precision=config.precision)
+    speaker.card["limits"] = learn_limits(lines[:600], clips[:600], tokenizer.sample_rate)
+    reader, histories["speech_reward"] = fit_reader(lines, tokens, steps=config.reader_steps, batch_size=config.reader_batch_size,
+                                                    seed=seed, shape=ReaderShape(codes=config.codes), precision=config.precision,
+                                                    checkpoint=states.get("speech_reward"))
+    made = {name: getattr(config, name) for name in field_types(SpeakerConfig)}
+    speaker.save(folders["speaker"], **made)
+    reader.save(folders["speech_reward"], seed=seed, **made)
+    return histories
+

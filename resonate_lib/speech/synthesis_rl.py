@@ -1,0 +1,210 @@
+"""Reinforcing the speaker: GRPO by what a recogniser hears, DiffRO by the gradient of a reward on tokens, or both, with or without
+sample filtering.
+
+Sources: GRPO (arXiv 2402.03300), DiffRO (arXiv 2507.05911), both together with filtering (arXiv 2509.18569). Differs from those:
+the multi-task parts (pitch, rate, quality) are read from the tokens in GRPO too, where text is what the recogniser hears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resonate_lib.diffro import gumbel_softmax, keep_groups, temperature_at
+from resonate_lib.online import draw_seed, frozen_copy, group_advantages, make_optimizer, mean_of, optimizer_step, warm_up
+from resonate_lib.rewards.base import check_result
+from resonate_lib.speech import token_policy
+from resonate_lib.speech.lines import Line
+from resonate_lib.speech.synthesis import FIRST_TOKEN, Speaker
+from resonate_lib.speech.token_reward import PARTS, TokenReader, mixed
+from resonate_lib.training import fit
+
+SAVE_EVERY = 5  # rounds
+
+
+@dataclass
+class Spoken:
+    """A round of n = lines * group_size sequences, siblings adjacent.
+
+    sampled: the sequences; tokens: their rows of speech tokens; failed (n,) bool: `Speaker.tokens`; lines (n); rewards (n,);
+    parts name -> (n,); keep (n,) bool, after filtering; dropped: how many left for which reason; advantages (n,) float64, 0 for
+    what was dropped; clips: what the recogniser heard, None where none was asked.
+    """
+
+    sampled: token_policy.Sampled
+    tokens: list[Tensor]
+    failed: Tensor
+    lines: list[Line]
+    rewards: Tensor
+    parts: dict[str, Tensor]
+    keep: Tensor
+    dropped: dict[str, int]
+    advantages: Tensor
+    clips: list[Tensor] | None
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(row) for row in self.tokens])
+
+
+def weights_of(config) -> dict[str, float]:
+    """The multi-task weights of a configuration; pitch and rate share one."""
+    return {"text": config.text_weight, "pitch": config.attribute_weight, "rate": config.attribute_weight,
+            "quality": config.quality_weight}  # fmt: skip
+
+
+@torch.no_grad()
+def judged(speaker: Speaker, reader: TokenReader, reward, tokens: list[Tensor], lines: list[Line], config):
+    """Rewards (n,), parts and clips of rows of tokens: the reader's parts and, for objectives with GRPO, in place of its text what
+    `reward` hears in the decoded clips.
+
+    Rewards of nothing: a recogniser that hears nothing gives its score of "", a reader without a token reads WORST.
+    """
+    parts = {name: part.cpu() for name, part in reader.parts(*reader.one_hot(tokens), lines).items()}
+    clips = None
+    if config.objective != "diffro":
+        clips = speaker.tokenizer.decode(tokens, iterations=config.decode_iterations)
+        texts = [line.text for line in lines]
+        heard = check_result(reward(clips, speaker.sample_rate, texts, [line.as_dict() for line in lines]), len(lines))
+        parts = {**parts, "read": parts["text"], "text": heard.scores}
+    wanted = mixed({name: parts[name] for name in PARTS}, weights_of(config))
+    return wanted.float(), parts, clips
+
+
+def roll_out(speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, random: torch.Generator) -> Spoken:
+    """Sample config.group_size sequences for each line, score them and, with config.filtering, decide what to learn from."""
+    sampled = speaker.sample(lines, group_size=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens,
+                             generator=random)
+    tokens, failed = speaker.tokens(sampled)
+    every = [line for line in lines for _ in range(config.group_size)]
+    rewards, parts, clips = judged(speaker, reader, reward, tokens, every, config)
+    keep, dropped = torch.ones(len(every), dtype=torch.bool), {"failed": 0, "length": 0, "spread": 0}
+    if config.filtering:
+        lengths = torch.tensor([len(row) for row in tokens])
+        keep, dropped = keep_groups(rewards, sampled.group_ids, lengths=lengths, failed=failed, min_spread=config.min_spread,
+                                    length_deviations=config.length_deviations)
+    advantages = torch.zeros(len(every), dtype=torch.float64)
+    if keep.any():
+        advantages[keep] = group_advantages(rewards[keep], sampled.group_ids[keep], global_std=False)
+    return Spoken(sampled, tokens, failed, every, rewards, parts, keep, dropped, advantages, clips)
+
+
+def diffro_loss(
+    logits: Tensor, reference: Tensor | None, mask: Tensor, reader: TokenReader, lines: Sequence[Line], *,
+    weights: Mapping[str, float], temperature: float, beta: float, generator: torch.Generator,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """DiffRO's loss of n sequences: minus the mean reward of Gumbel-Softmax draws, plus beta times the KL to the reference.
+
+    logits, reference (n, L, vocabulary): by teacher forcing on the policy's own samples; mask (n, L): which places hold speech
+    tokens (not the end). At each of them a speech token is drawn anew, straight through, and the reader scores the row. The KL is
+    exact, over the whole vocabulary and all places of the mask, in nats a token; with it the end token, which the reward does not
+    see, keeps its place. Returns (loss 0-dim, metrics).
+    """
+    drawn = gumbel_softmax(logits[..., FIRST_TOKEN:].float(), temperature=temperature, generator=generator) * mask[..., None]
+    parts = reader.parts(drawn, mask, lines)
+    score = mixed(parts, weights)
+    kl = torch.zeros(len(logits), device=logits.device)
+    if reference is not None:
+        new, old = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+        kl = token_policy.sequence_mean((new.exp() * (new - old)).sum(-1), mask)
+    loss = -score.mean() + beta * kl.mean()
+    means = {f"soft_{name}": part.mean().item() for name, part in parts.items()}
+    return loss, {"diffro_loss": loss.item(), "diffro_kl": kl.mean().item(), **means}
+
+
+def update(
+    speaker: Speaker, reference, optimizer, reader: TokenReader, spoken: Spoken, config, temperature: float, random: torch.Generator
+) -> dict[str, float]:
+    """config.epochs optimizer steps on the kept sequences of a round; returns means over the steps, `first_ratio_deviation`, and
+    skipped = 1 where nothing was kept."""
+    rows = spoken.keep.nonzero().flatten()
+    found, first = [], 0.0
+    if len(rows):
+        lines, inputs = [spoken.lines[k] for k in rows.tolist()], speaker.prompts([spoken.lines[k] for k in rows.tolist()])
+        ids, mask, old = spoken.sampled.ids[rows], spoken.sampled.mask[rows], spoken.sampled.log_probs[rows]
+        speech = mask & (ids >= FIRST_TOKEN)
+        with torch.no_grad():
+            known = token_policy.token_logits(reference, inputs, ids) if reference is not None else None
+    for epoch in range(config.epochs if len(rows) else 0):
+        logits = token_policy.token_logits(speaker.model, inputs, ids)
+        loss, metrics = logits.new_zeros(()), {}
+        if config.objective != "diffro":
+            new, ref = (_chosen(table, ids, mask) if table is not None else None for table in (logits, known))
+            loss, metrics = token_policy.grpo_loss(new, old, ref, mask, spoken.advantages[rows], clip_range=config.clip_range,
+                                                   beta=config.beta)
+            first = metrics["ratio_deviation"] if epoch == 0 else first
+        if config.objective != "grpo" and speech.any():
+            share, own = diffro_loss(logits, known, speech, reader, lines, weights=weights_of(config), temperature=temperature,
+                                     beta=config.beta, generator=random)
+            loss = loss + (config.diffro_weight if config.objective == "both" else 1.0) * share
+            metrics |= own
+        loss.backward()
+        with torch.no_grad():
+            entropy = token_policy.sequence_entropy(logits, mask).mean().item()
+        found.append({**metrics, "entropy": entropy, "grad_norm": optimizer_step(speaker.model, optimizer, config.max_grad_norm)})
+    return {**(mean_of(found) if found else {}), "first_ratio_deviation": first, "skipped": float(not found)}
+
+
+def _chosen(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities (n, L) of the ids, 0 outside the mask."""
+    return -F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape) * mask
+
+
+def round_metrics(spoken: Spoken) -> dict[str, float]:
+    """What a round looked like: reward_mean and reward_std over all samples; the parts' means; zero_groups, the share of groups
+    whose rewards all tie; tokens and tokens_std, lengths; failed, the share of failed decodes; kept and dropped_<reason>."""
+    count, groups = len(spoken.rewards), spoken.sampled.group_ids
+    tied = [float((spoken.rewards[groups == g] == spoken.rewards[groups == g][0]).all()) for g in groups.unique()]
+    lengths = spoken.lengths.float()
+    return {
+        "reward_mean": spoken.rewards.mean().item(),
+        "reward_std": spoken.rewards.std(correction=0).item(),
+        **{name: part.mean().item() for name, part in spoken.parts.items()},
+        "zero_groups": sum(tied) / len(tied),
+        "tokens": lengths.mean().item(),
+        "tokens_std": lengths.std(correction=0).item(),
+        "failed": spoken.failed.float().mean().item(),
+        "kept": spoken.keep.float().mean().item(),
+        **{f"dropped_{reason}": number / count for reason, number in spoken.dropped.items()},
+    }
+
+
+def train(
+    speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, *, seed: int = 0, checkpoint=None,
+    callback: Callable[[int, dict, Spoken], None] | None = None,
+) -> list[dict]:  # fmt: skip
+    """Reinforce speaker.model, in place, by config.objective: "grpo", "diffro" or "both"; returns one dict of metrics a round.
+
+    reward: a Reward that hears the decoded clips, given as a list of (T_i,) (`recognisers.SpeechReward`; not asked by "diffro").
+    lines: config.lines_per_step different ones a round. The reference of the KL is the model as it is when this is called.
+    callback(round, metrics, spoken) runs after each. Metrics: `round_metrics`, `update`, temperature. ValueError for a reader of
+    other tokens or fewer lines than a round takes.
+    """
+    if reader.shape.codes != speaker.codes:
+        raise ValueError(f"a reader of {reader.shape.codes} codes for a speaker of {speaker.codes}: use the one trained with it")
+    if len(lines) < config.lines_per_step:
+        raise ValueError(f"lines_per_step={config.lines_per_step}, but only {len(lines)} lines: give more or ask for fewer")
+    model = speaker.model
+    reader.to(model.device)
+    reference = frozen_copy(model) if config.beta > 0 else None
+    optimizer = make_optimizer(model, config.learning_rate)
+
+    def step(i: int, random: torch.Generator) -> dict[str, float]:
+        warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
+        chosen = [lines[k] for k in torch.randperm(len(lines), generator=random)[: config.lines_per_step].tolist()]
+        spoken = roll_out(speaker, reader, reward, chosen, config, random)
+        temperature = temperature_at(i, config.steps, config.gumbel_start, config.gumbel_end)
+        own = torch.Generator().manual_seed(draw_seed(random))
+        metrics = round_metrics(spoken) | update(speaker, reference, optimizer, reader, spoken, config, temperature, own)
+        metrics["temperature"] = temperature
+        if callback is not None:
+            callback(i, metrics, spoken)
+        return metrics
+
+    model.eval()  # without dropout, so that the first ratio is 1
+    return fit(step, steps=config.steps, modules={"model": model, "optimizer": optimizer}, label=config.objective, seed=seed,
+               checkpoint=checkpoint, save_every=SAVE_EVERY)

@@ -1,0 +1,348 @@
+"""The speaker: its tokenizer, what reads its tokens, GRPO and DiffRO on a toy, and input that breaks nothing."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from resonate_lib.config_speech import SynthesisConfig
+from resonate_lib.rewards.base import RewardResult
+from resonate_lib.rewards.rules import wer_reward
+from resonate_lib.speech import lines as spoken_lines
+from resonate_lib.speech import synthesis_rl as rl
+from resonate_lib.speech import token_policy
+from resonate_lib.speech.lines import Line
+from resonate_lib.speech.synthesis import (
+    END,
+    FIRST_TOKEN,
+    LETTERS,
+    SPEECH,
+    Speaker,
+    SpeakerShape,
+    fit_speaker,
+    letters,
+    like_lengths,
+)
+from resonate_lib.speech.token_reward import WORST, ReaderShape, TokenReader, corrupt, fit_reader, mixed
+from resonate_lib.speech.tokenizer import TokenizerShape, fit_tokenizer
+
+SMALL = TokenizerShape(seconds=2.0, hop=320, bands=32, latent_dim=12, width=16, codes=24, code_dim=8)
+CONFIG = SynthesisConfig(steps=2, lines_per_step=2, group_size=3, max_tokens=12, epochs=2, decode_iterations=1, learning_rate=1e-3)
+LINES = [Line("open the door", "low", "fast"), Line("zzz", "high", "slow"), Line("call anna")]
+
+
+def tones(count, seed=0, seconds=0.6):
+    """Clips of two tones in turn, each with its own pitch."""
+    random = torch.Generator().manual_seed(seed)
+    t = torch.arange(round(16000 * seconds)) / 16000
+    return [0.3 * torch.sin(2 * torch.pi * (120 + 900 * torch.rand((), generator=random)) * t) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return fit_tokenizer(tones(24), steps=60, batch_size=8, seed=0, shape=SMALL)[0]
+
+
+@pytest.fixture
+def speaker(tokenizer):
+    return Speaker.new(tokenizer, SpeakerShape(width=16, layers=1, heads=2, hidden=32), seed=1)
+
+
+@pytest.fixture
+def reader():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return TokenReader(ReaderShape(codes=24, width=12, layers=2)).eval().requires_grad_(False)
+
+
+def silent(audio, sample_rate, prompts, metadata=None):
+    """A recogniser that hears nothing, whatever is said."""
+    return RewardResult(torch.tensor([wer_reward("", text) for text in prompts]))
+
+
+def long_is_good(audio, sample_rate, prompts, metadata=None):
+    return RewardResult(torch.tensor([len(clip) / sample_rate for clip in audio]))
+
+
+# --- tokenizer ---
+
+
+def test_a_round_trip_keeps_the_pitch_of_a_tone(tokenizer):
+    clips = tones(6, seed=9)
+    ids = tokenizer.encode(clips)
+    assert all(row.dtype == torch.int64 and len(row) == 15 and row.min() >= 0 and row.max() < 24 for row in ids)  # 0.6 s at 25
+    errors = []
+    for clip, made in zip(clips, tokenizer.decode(ids), strict=True):
+        assert made.shape == clip.shape
+        hz = [float(torch.fft.rfft(x * torch.hann_window(len(x))).abs().argmax()) / 0.6 for x in (clip, made)]
+        errors.append(abs(hz[0] - hz[1]))
+    assert sorted(errors)[3] < 120  # Hz, of 900: the bands of this small codec are 30 to 130 Hz wide
+
+
+def test_the_same_clip_gives_the_same_tokens_in_any_batch(tokenizer):
+    clips = [tones(1, 1, 0.3)[0], tones(1, 2, 1.9)[0], tones(1, 3, 0.63)[0]]
+    together, alone = tokenizer.encode(clips), [tokenizer.encode([clip])[0] for clip in clips]
+    assert [len(row) for row in together] == [8, 48, 16]  # ceil(samples / 640)
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    sounds, single = tokenizer.decode(together), [tokenizer.decode([row])[0] for row in together]
+    assert all(torch.allclose(a, b, atol=0.1) for a, b in zip(sounds, single, strict=True))
+
+
+def test_nearest_code_is_the_one_at_the_least_distance(tokenizer):
+    vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tokenizer.nearest(vectors), torch.cdist(vectors, tokenizer.codebook).argmin(1))
+
+
+def test_a_decode_of_nothing_is_an_empty_clip_and_a_long_one_is_cut(tokenizer):
+    none, long = torch.zeros(0, dtype=torch.long), torch.zeros(900, dtype=torch.long)
+    empty, clip, long = tokenizer.decode([none, torch.tensor([3, 4]), long])
+    assert empty.shape == (0,) and clip.shape == (1280,) and len(long) == 32000
+    with pytest.raises(ValueError, match="this tokenizer takes 2 s"):
+        tokenizer.encode([torch.zeros(40000)])
+
+
+# --- lines and measures ---
+
+
+def test_measures_of_a_known_sound():
+    t = torch.arange(16000) / 16000
+    voice = sum(torch.sin(2 * torch.pi * 125 * k * t) / k for k in range(1, 8))
+    clip = torch.cat([torch.zeros(4000), 0.2 * voice, torch.zeros(4000)])
+    assert abs(spoken_lines.pitch_hz(clip, 16000) - 125) < 2
+    seconds = spoken_lines.letter_seconds(clip, 16000, "abcde, FGHij")  # 10 letters and a blank
+    assert abs(seconds - 1 / (11 + spoken_lines.EDGE)) < 0.003
+    for nothing in (torch.zeros(0), torch.zeros(16000)):
+        assert all(value != value for value in spoken_lines.measures(nothing, 16000, "open").values())
+
+
+def test_classes_by_their_limits():
+    limits = {"pitch": [90.0, 125.0], "rate": [0.07, 0.05]}
+    assert [spoken_lines.class_of("pitch", hz, limits) for hz in (60, 100, 200, float("nan"))] == ["low", "mid", "high", ""]
+    assert [spoken_lines.class_of("rate", s, limits) for s in (0.09, 0.06, 0.02)] == ["slow", "normal", "fast"]
+    with pytest.raises(ValueError, match="low, mid, high"):
+        Line("open the door", pitch="deep")
+
+
+def test_drawn_lines_of_two_splits_share_no_text_and_are_spoken_as_asked():
+    pytest.importorskip("espeakng_loader")
+    train, test = (spoken_lines.draw_lines(40, split=split, seed=0) for split in ("train", "test"))
+    assert not {line.text for line in train} & {line.text for line in test}
+    assert train == spoken_lines.draw_lines(40, split="train", seed=0)
+    ways = [Line("open the window", pitch, "normal") for pitch in spoken_lines.PITCH]
+    ways += [Line("open the window", "mid", rate) for rate in spoken_lines.RATE]
+    clips = spoken_lines.natural(ways)
+    hz = [spoken_lines.pitch_hz(clip, 16000) for clip in clips[:3]]
+    assert hz == sorted(hz) and hz[2] > 1.3 * hz[0]
+    assert len(clips[3]) > len(clips[4]) > len(clips[5])
+
+
+# --- speaker ---
+
+
+def test_prompts_hold_attributes_letters_and_are_filled_up_on_the_left(speaker):
+    inputs = speaker.prompts(LINES)
+    first, second = inputs["input_ids"].tolist()[:2]
+    assert len(first) == 2 + len("open the door") + 1 and first[-1] == second[-1] == SPEECH
+    assert second[:10] == [0] * 10 and inputs["attention_mask"][1].tolist() == [0] * 10 + [1] * 6
+    assert first[:2] == [3, 8] and second[10:12] == [5, 6]  # low, fast; high, slow
+    assert letters("Café — Ünter, 25!") == "cafe unter 25" and letters("日本") == "" == letters("")
+
+
+def test_sequences_that_failed_are_told_and_nothing_but_speech_is_decoded(speaker):
+    ids = torch.tensor([[FIRST_TOKEN + 3, FIRST_TOKEN, END, END], [END, END, END, END], [FIRST_TOKEN, 12, FIRST_TOKEN + 1, END],
+                        [FIRST_TOKEN + 1] * 4])  # fmt: skip
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
+    rows, failed = speaker.tokens(token_policy.Sampled(ids, mask, torch.zeros(4, 4), torch.arange(4)))
+    assert [row.tolist() for row in rows] == [[3, 0], [], [0, 1], [1, 1, 1, 1]] and failed.tolist() == [False, True, True, True]
+
+
+def test_a_speaker_learns_its_lines_and_is_the_same_after_saving(tokenizer, tmp_path):
+    asked = [Line(text, pitch) for text in ("ab", "cd") for pitch in ("low", "high")]
+    tokens = [torch.tensor([k, k + 5, k + 10]) for k in range(4)]
+    shape = SpeakerShape(width=32, layers=1, heads=2, hidden=64)
+    speaker, history = fit_speaker(tokenizer, asked, tokens, steps=80, batch_size=4, seed=0, shape=shape, learning_rate=1e-2)
+    assert history[-1]["loss"] < 0.3 < 2 < history[0]["loss"]
+    said = speaker.tokens(speaker.sample(asked, temperature=0, max_tokens=8))[0]
+    assert [row.tolist() for row in said] == [row.tolist() for row in tokens]
+    speaker.card["limits"] = {"pitch": [1.0, 2.0], "rate": [2.0, 1.0]}
+    speaker.save(tmp_path / "speaker", note="x")
+    again = Speaker.load(tmp_path / "speaker")
+    assert again.card["limits"] == speaker.card["limits"] and again.card["note"] == "x"
+    repeated = again.tokens(again.sample(asked, temperature=0, max_tokens=8))[0]
+    assert all(torch.equal(a, b) for a, b in zip(repeated, said, strict=True))
+    with pytest.raises(FileNotFoundError, match=r"Speaker\.save"):
+        Speaker.load(tmp_path)
+
+
+def test_batches_of_like_length_reach_every_line():
+    random, lengths = torch.Generator().manual_seed(0), [k % 40 for k in range(200)]
+    batches = [like_lengths(lengths, 6, random) for _ in range(300)]
+    assert {k for batch in batches for k in batch} == set(range(200)) and all(len(batch) == 6 for batch in batches)
+    spread = [max(lengths[k] for k in batch) - min(lengths[k] for k in batch) for batch in batches]
+    assert sum(spread) / 300 < 10 and like_lengths([1, 2], 6, random) != []
+
+
+# --- what reads tokens ---
+
+
+def test_the_text_part_is_the_sum_over_all_ctc_paths(reader):
+    """Two letters in two tokens: all label paths of four places, summed by hand."""
+    line, row = Line("ab"), torch.tensor([1, 2])
+    weights, mask = reader.one_hot([row])
+    read = reader(weights, mask)[0][0].exp()
+    a, b = 1 + LETTERS.index("a"), 1 + LETTERS.index("b")
+    total = 0.0
+    for path in itertools.product((0, a, b), repeat=4):
+        merged = [k for k, _ in itertools.groupby(path) if k]
+        total += float(torch.stack([read[place, k] for place, k in enumerate(path)]).prod()) if merged == [a, b] else 0.0
+    assert abs(reader.parts(weights, mask, [line])["text"].item() - float(torch.tensor(total).log()) / 2) < 1e-4
+
+
+def test_a_row_is_worth_the_same_in_any_batch_and_whatever_holds_no_text_is_worth_the_least(reader):
+    rows = [torch.tensor([1, 2, 3]), torch.zeros(0, dtype=torch.long), torch.arange(20), torch.tensor([4])]
+    asked = [Line("a"), Line("a"), Line(""), Line("abcdefgh")]
+    parts = reader.parts(*reader.one_hot(rows), asked)
+    for place, (row, line) in enumerate(zip(rows, asked, strict=True)):
+        alone = reader.parts(*reader.one_hot([row]), [line])
+        assert all(torch.allclose(alone[name][0], parts[name][place], atol=1e-5) for name in parts)
+    assert parts["text"][1] == WORST == parts["text"][3] and all(torch.isfinite(part).all() for part in parts.values())
+    with pytest.raises(ValueError, match="pitch"):
+        mixed(parts, {"loudness": 1.0})
+
+
+def test_corruption_changes_about_the_share_it_says():
+    rows = [torch.arange(24) for _ in range(200)]
+    made, right = corrupt(rows, 24, torch.Generator().manual_seed(0))
+    assert 0.3 < (right < 1).float().mean() < 0.7 and right.min() >= 0.5
+    whole = [torch.equal(new, old) for new, old in zip(made, rows, strict=True)]
+    assert all(same for same, share in zip(whole, right.tolist(), strict=True) if share == 1)
+
+
+def test_a_reader_learns_to_read_and_is_the_same_after_saving(tmp_path):
+    words = ["ab", "ba", "aab", "b"]
+    asked = [Line(text, pitch) for text in words for pitch in ("low", "high")]
+    codes = {"a": 1, "b": 2}
+    tokens = [torch.tensor([codes[c] + 10 * (line.pitch == "high") for c in line.text for _ in range(2)]) for line in asked]
+    reader, _ = fit_reader(asked, tokens, steps=150, batch_size=8, seed=0, shape=ReaderShape(codes=24, width=16, layers=2),
+                           learning_rate=1e-2)  # fmt: skip
+    assert sum(a == line.text for a, line in zip(reader.read(tokens), asked, strict=True)) >= 7
+    right, wrong = (reader.parts(*reader.one_hot(tokens), other) for other in (asked, asked[2:] + asked[:2]))
+    assert (right["text"] > wrong["text"]).all() and (right["pitch"] > -0.7).all()
+    reader.save(tmp_path / "reader")
+    again = TokenReader.load(tmp_path / "reader")
+    after = again.parts(*again.one_hot(tokens), asked)
+    assert all(torch.allclose(after[name], right[name], atol=0.3) for name in right)
+    with pytest.raises(FileNotFoundError, match=r"TokenReader\.save"):
+        TokenReader.load(tmp_path)
+
+
+# --- reinforcement ---
+
+
+def forced(speaker, asked, rows):
+    ids, mask = speaker.targets(rows)
+    inputs = speaker.prompts(asked)
+    return token_policy.token_logits(speaker.model, inputs, ids), ids, mask & (ids >= FIRST_TOKEN)
+
+
+def test_diffro_sends_a_gradient_to_the_speaker_and_none_to_the_reader(speaker, reader):
+    logits, _, mask = forced(speaker, LINES, [torch.tensor([1, 2, 3, 4])] * 3)
+    loss, metrics = rl.diffro_loss(logits, None, mask, reader, LINES, weights={"text": 1.0, "pitch": 0.5}, temperature=1.0,
+                                   beta=0.0, generator=torch.Generator().manual_seed(0))
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in speaker.model.parameters())
+    assert all(p.grad is None for p in reader.parameters())
+    assert abs(loss.item() + metrics["soft_text"] + 0.5 * metrics["soft_pitch"]) < 1e-5
+
+
+def test_the_kl_of_diffro_is_that_of_the_distributions_and_0_at_the_start(speaker, reader):
+    logits, _, mask = forced(speaker, LINES, [torch.tensor([1, 2]), torch.tensor([1, 2, 3]), torch.tensor([4])])
+    other = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    arguments = {"weights": {"text": 1.0}, "temperature": 1.0, "beta": 2.0}
+    found = [rl.diffro_loss(logits, ref, mask, reader, LINES, **arguments, generator=torch.Generator().manual_seed(0))
+             for ref in (logits, other)]  # fmt: skip
+    categorical = torch.distributions.Categorical
+    kl = torch.distributions.kl_divergence(categorical(logits=logits), categorical(logits=other))
+    by_hand = torch.stack([row[real].mean() for row, real in zip(kl, mask, strict=True)]).mean()
+    assert abs(found[0][1]["diffro_kl"]) < 1e-6 and abs(found[1][1]["diffro_kl"] - by_hand) < 1e-4
+    assert torch.allclose(found[1][0] - found[0][0], 2.0 * by_hand, atol=1e-4)
+
+
+def test_diffro_raises_the_reward_on_a_toy(tokenizer):
+    """A reader that likes low pitch where code 5 is said: with nothing but its gradient the speaker comes to say it."""
+    speaker = Speaker.new(tokenizer, SpeakerShape(width=16, layers=1, heads=2, hidden=32), seed=1)
+    asked, rows = [Line("a", "low")] * 4, [torch.tensor([1, 2, 3, 4])] * 4
+
+    class LikesFive(TokenReader):
+        def parts(self, weights, mask, lines):
+            share = weights[..., 5].sum(1) / mask.sum(1)
+            return {"text": share, "pitch": share, "rate": share, "quality": share}
+
+    judge, random = LikesFive(ReaderShape(codes=24)), torch.Generator().manual_seed(0)
+    optimizer, shares = torch.optim.AdamW(speaker.model.parameters(), lr=3e-3), []
+    for _ in range(60):
+        logits, _, mask = forced(speaker, asked, rows)
+        loss, metrics = rl.diffro_loss(logits, None, mask, judge, asked, weights={"text": 1.0}, temperature=1.0, beta=0.0,
+                                       generator=random)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        shares.append(metrics["soft_text"])
+    assert sum(shares[:5]) / 5 < 0.15 and sum(shares[-5:]) / 5 > 0.9
+
+
+@pytest.mark.parametrize("objective", ["grpo", "diffro", "both"])
+@pytest.mark.parametrize("filtering", [False, True])
+def test_every_objective_trains_and_repeats_with_its_seed(tokenizer, reader, objective, filtering):
+    config = replace(CONFIG, objective=objective, filtering=filtering, min_spread=0.0)
+    runs = []
+    for _ in range(2):
+        speaker = Speaker.new(tokenizer, SpeakerShape(width=16, layers=1, heads=2, hidden=32), seed=1)
+        start = {name: value.clone() for name, value in speaker.model.state_dict().items()}
+        runs.append(rl.train(speaker, reader, long_is_good, LINES, config, seed=4))
+        moved = any(not torch.equal(value, start[name]) for name, value in speaker.model.state_dict().items())
+        assert moved or all(row["skipped"] for row in runs[-1])
+    assert str(runs[0]) == str(runs[1])
+    assert all(row["first_ratio_deviation"] < 1e-4 for row in runs[0])
+    assert all(row["kept"] == 1 for row in runs[0]) or filtering
+
+
+def test_grpo_raises_the_reward_it_is_given(tokenizer, reader):
+    speaker = Speaker.new(tokenizer, SpeakerShape(width=16, layers=1, heads=2, hidden=32), seed=1)
+    config = replace(CONFIG, objective="grpo", filtering=False, steps=25, group_size=8, learning_rate=1e-2, beta=0.0,
+                     warmup_steps=0, attribute_weight=0.0, quality_weight=0.0, max_tokens=16)
+    history = rl.train(speaker, reader, long_is_good, LINES, config, seed=0)
+    assert history[-1]["tokens"] > history[0]["tokens"] + 2
+
+
+def test_filtering_drops_what_failed_and_counts_it(speaker, reader):
+    """An untrained speaker emits letters among its tokens: nearly all decodes have failed."""
+    random = torch.Generator().manual_seed(0)
+    spoken = rl.roll_out(speaker, reader, long_is_good, LINES, replace(CONFIG, filtering=True), random)
+    assert spoken.dropped["failed"] == int(spoken.failed.sum()) > 0
+    assert int((~spoken.keep).sum()) == sum(spoken.dropped.values()) and not (spoken.keep & spoken.failed).any()
+    assert (spoken.advantages[~spoken.keep] == 0).all()
+    row = rl.round_metrics(spoken)
+    assert abs(row["kept"] + sum(value for key, value in row.items() if key.startswith("dropped_")) - 1) < 1e-6
+
+
+def test_bad_input_has_a_defined_reward_and_ends_no_training(tokenizer, reader):
+    """Empty and non-ASCII texts, decodes of nothing, and a recogniser that hears nothing."""
+    speaker = Speaker.new(tokenizer, SpeakerShape(width=16, layers=1, heads=2, hidden=32), seed=1)
+    with torch.no_grad():  # the end token comes at once in most sequences
+        speaker.model.model.norm.weight.mul_(0.0)
+    asked = [Line(""), Line("日本"), Line("open the door")]
+    history = rl.train(speaker, reader, silent, asked, replace(CONFIG, lines_per_step=3, filtering=False), seed=0)
+    assert len(history) == 2 and all(value == value for row in history for value in row.values())
+    rewards, parts, clips = rl.judged(speaker, reader, silent, [torch.zeros(0, dtype=torch.long)] * 3, asked, CONFIG)
+    assert parts["text"].tolist() == [1.0, 0.0, 0.0] and torch.isfinite(rewards).all() and all(len(clip) == 0 for clip in clips)
+
+
+def test_errors_name_what_to_do(speaker, reader):
+    with pytest.raises(ValueError, match="only 3 lines"):
+        rl.train(speaker, reader, silent, LINES, replace(CONFIG, lines_per_step=4))
+    with pytest.raises(ValueError, match="trained with it"):
+        rl.train(speaker, TokenReader(ReaderShape(codes=8)), silent, LINES, CONFIG)
+    with pytest.raises(ValueError, match="group_size=1"):
+        replace(CONFIG, group_size=1)
