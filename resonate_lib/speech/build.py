@@ -22,7 +22,8 @@ def missing(run) -> list[str]:
     return [] if all(run.resolve_input(name, optional=True) for name in NAMES) else list(NAMES)
 
 
-def build(config: SpeakerConfig, folders: dict[str, Path], *, seed: int, states: dict[str, Path | None]) -> dict[str, list[dict]]:
+def build(config: SpeakerConfig, folders: dict[str, Path], *, seed: int, states: dict[str, Path | None],
+          device: str = "cpu") -> dict[str, list[dict]]:
     """Train tokenizer, speaker and token reward from nothing and save the last two in `folders` (by NAMES; the tokenizer goes with
     the speaker); returns {name: history}, "tokenizer" among them.
 
@@ -39,11 +40,11 @@ def build(config: SpeakerConfig, folders: dict[str, Path], *, seed: int, states:
     sizes = SpeakerShape(width=config.width, layers=config.layers, heads=config.heads, hidden=3 * config.width)
     speaker, histories["speaker"] = fit_speaker(tokenizer, lines, tokens, steps=config.steps, batch_size=config.batch_size,
                                                 seed=seed, shape=sizes, learning_rate=config.learning_rate,
-                                                checkpoint=states.get("speaker"), precision=config.precision)
+                                                checkpoint=states.get("speaker"), precision=config.precision, device=device)
     speaker.card["limits"] = learn_limits(lines[:600], clips[:600], tokenizer.sample_rate)
     reader, histories["speech_reward"] = fit_reader(lines, tokens, steps=config.reader_steps, batch_size=config.reader_batch_size,
                                                     seed=seed, shape=ReaderShape(codes=config.codes), precision=config.precision,
-                                                    checkpoint=states.get("speech_reward"))
+                                                    checkpoint=states.get("speech_reward"), device=device)
     made = {name: getattr(config, name) for name in field_types(SpeakerConfig)}
     speaker.save(folders["speaker"], **made)
     reader.save(folders["speech_reward"], seed=seed, **made)

@@ -170,13 +170,14 @@ def like_lengths(lengths: Sequence[int], batch_size: int, generator: torch.Gener
 def fit_speaker(
     tokenizer: SpeechTokenizer, lines: Sequence[Line], tokens: Sequence[Tensor], *, steps: int, batch_size: int, seed: int,
     shape: SpeakerShape = SpeakerShape(), learning_rate: float = 2e-3, checkpoint=None, precision: str = "auto",
+    device: str = "cpu",
 ) -> tuple[Speaker, list[dict]]:  # fmt: skip
     """The supervised start: cross-entropy of the tokens (n_i,) of natural speech of the lines; returns speaker and history.
 
     History: loss in nats a token, right, the share of tokens that were the likeliest.
     """
     speaker = Speaker.new(tokenizer, shape, seed=seed)
-    model, lengths = speaker.model.train(), [len(row) for row in tokens]
+    model, lengths = speaker.model.to(device).train(), [len(row) for row in tokens]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     def step(i: int, generator: torch.Generator) -> dict[str, float]:
@@ -184,7 +185,7 @@ def fit_speaker(
             group["lr"] = learning_rate_at(i, steps, learning_rate, warmup=min(200, max(1, steps // 10)))
         batch = like_lengths(lengths, batch_size, generator)
         ids, mask = speaker.targets([tokens[k] for k in batch])
-        with autocast(precision):
+        with autocast(precision, device):
             logits = token_policy.token_logits(model, speaker.prompts([lines[k] for k in batch]), ids)[mask].float()
         loss = F.cross_entropy(logits, ids[mask])
         optimizer.zero_grad(set_to_none=True)

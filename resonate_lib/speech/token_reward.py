@@ -96,7 +96,7 @@ class TokenReader(nn.Module):
         sizes = sizes.to(nats)
         text = torch.where((nats == 0) & (sizes > 0), WORST, -nats / sizes.clamp_min(1)) * (sizes > 0)
         pitch, rate, quality = logits.split([len(PITCH), len(RATE), 1], dim=-1)
-        asked = torch.tensor([[list(PITCH).index(one.pitch), list(RATE).index(one.rate)] for one in lines], device=weights.device)
+        asked = _ways(lines).to(weights.device)
         return {
             "text": text,
             "pitch": pitch.log_softmax(-1).gather(1, asked[:, :1]).flatten(),
@@ -146,6 +146,11 @@ def _targets(lines: Sequence[Line]) -> tuple[Tensor, Tensor]:
     return torch.tensor([k for row in classes for k in row], dtype=torch.long), torch.tensor([len(row) for row in classes])
 
 
+def _ways(lines: Sequence[Line]) -> Tensor:
+    """Pitch and rate classes (B, 2) asked for."""
+    return torch.tensor([[list(PITCH).index(line.pitch), list(RATE).index(line.rate)] for line in lines])
+
+
 def corrupt(rows: Sequence[Tensor], codes: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
     """Half of the rows with a share of their tokens replaced, repeated or dropped, and the share that is right (B,), 1 of the rest.
 
@@ -168,6 +173,7 @@ def corrupt(rows: Sequence[Tensor], codes: int, generator: torch.Generator) -> t
 def fit_reader(
     lines: Sequence[Line], tokens: Sequence[Tensor], *, steps: int, batch_size: int, seed: int, shape: ReaderShape = ReaderShape(),
     learning_rate: float = 2e-3, checkpoint=None, precision: str = "auto",
+    device: str = "cpu",
 ) -> tuple[TokenReader, list[dict]]:  # fmt: skip
     """The reward model trained on tokens (n_i,) of natural speech of the lines, half of them corrupted; returns it and the history.
 
@@ -176,7 +182,7 @@ def fit_reader(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        reader = TokenReader(shape).train()
+        reader = TokenReader(shape).to(device).train()
     lengths = [len(row) for row in tokens]
     optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -187,13 +193,13 @@ def fit_reader(
         asked = [lines[k] for k in batch]
         rows, right = corrupt([tokens[k] for k in batch], shape.codes, generator)
         weights, mask = reader.one_hot(rows)
-        with autocast(precision):
+        with autocast(precision, device):
             read, logits = reader(weights, mask)
-        wanted, sizes = _targets(asked)
+        right, (wanted, sizes) = right.to(device), (column.to(device) for column in _targets(asked))
         nats = F.ctc_loss(read.transpose(0, 1), wanted, UP * mask.sum(1), sizes, reduction="none", zero_infinity=True)
         text = (right * nats / sizes.clamp_min(1)).mean()
         pitch, rate, quality = logits.split([len(PITCH), len(RATE), 1], dim=-1)
-        truth = torch.tensor([[list(PITCH).index(line.pitch), list(RATE).index(line.rate)] for line in asked])
+        truth = _ways(asked).to(device)
         ways = F.cross_entropy(pitch, truth[:, 0]), F.cross_entropy(rate, truth[:, 1])
         natural = F.binary_cross_entropy_with_logits(quality.flatten(), right)
         optimizer.zero_grad(set_to_none=True)

@@ -69,10 +69,11 @@ class SpeechTokenizer(nn.Module):
                                  "leave long clips out")
         lengths = torch.tensor([-(-len(clip) // self.samples_per_token) for clip in clips])
         codec = self.codec_for(int(lengths.max()) + ROOM)
-        waves = torch.zeros(len(clips), codec.samples)
-        for wave, clip in zip(waves, clips, strict=True):
-            wave[: len(clip)] = clip
-        return torch.cat([codec.encode(part) for part in waves.split(16)]) / self.scale, lengths
+        parts = []
+        for start in range(0, len(clips), 16):  # spectra of all clips at once would fill the memory
+            waves = [F.pad(clip, (0, codec.samples - len(clip))) for clip in clips[start : start + 16]]
+            parts.append(codec.encode(torch.stack(waves)))
+        return torch.cat(parts) / self.scale, lengths
 
     def codec_for(self, tokens: int) -> MelCodec:
         """The codec for clips of so many tokens; the weights are shared."""
