@@ -105,7 +105,7 @@ class SynthesisConfig(Config):
     steps: int = knob(16, low=1)  # rounds of sampling and updating
     lines_per_step: int = knob(8, low=1)
     group_size: int = knob(8, low=2, why="a group of one has no advantage; use 2 or more")  # samples of a line
-    max_tokens: int = knob(140, low=1)  # of a sample; one that has not ended by then has failed
+    max_tokens: int = knob(170, low=1)  # of a sample, 5.4 s; one that has not ended by then has failed
     temperature: float = knob(1.0, above=0, high=2)
     learning_rate: float = knob(2e-4, above=0, high=1)
     warmup_steps: int = knob(3, low=0)  # rounds over which the rate rises

@@ -3,15 +3,16 @@
 import itertools
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
-from resonate_lib.config_speech import SynthesisConfig
+from resonate_lib.config_speech import SpeakerConfig, SynthesisConfig
 from resonate_lib.rewards.base import RewardResult
 from resonate_lib.rewards.rules import wer_reward
+from resonate_lib.speech import build, synthesis_eval, token_policy
 from resonate_lib.speech import lines as spoken_lines
 from resonate_lib.speech import synthesis_rl as rl
-from resonate_lib.speech import token_policy
 from resonate_lib.speech.lines import Line
 from resonate_lib.speech.synthesis import (
     END,
@@ -346,3 +347,44 @@ def test_errors_name_what_to_do(speaker, reader):
         rl.train(speaker, TokenReader(ReaderShape(codes=8)), silent, LINES, CONFIG)
     with pytest.raises(ValueError, match="group_size=1"):
         replace(CONFIG, group_size=1)
+
+
+def test_both_are_built_where_one_is_nowhere_and_a_resumed_run_gives_the_histories_back(tmp_path, monkeypatch):
+    pytest.importorskip("espeakng_loader")
+    from resonate_lib import runs
+
+    config = SpeakerConfig(train_lines=8, tokenizer_steps=2, tokenizer_batch_size=4, codes=24, steps=2, batch_size=4, width=16,
+                           layers=1, heads=2, reader_steps=2, reader_batch_size=4)  # fmt: skip
+    run = runs.Run(path=tmp_path / "run", profile="smoke", seed=0, notebook="10_test", from_scratch=True)
+    assert build.to_build(run) == ["speaker", "speech_reward"]
+    folders = {name: run.checkpoint(name) for name in build.NAMES}
+    states = {name: run.state(name) for name in ("tokenizer", *build.NAMES)}
+    histories = build.build(config, folders, seed=0, states=states)
+    monkeypatch.setattr(build, "natural", None)  # nothing is spoken again
+    assert build.build(config, folders, seed=0, states=states) == histories
+    speaker, reader = Speaker.load(folders["speaker"]), TokenReader.load(folders["speech_reward"])
+    assert speaker.codes == reader.shape.codes == 24 and set(speaker.card["limits"]) == {"pitch", "rate"}
+    size = sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir())
+    assert size < 600_000
+
+
+# --- evaluation ---
+
+
+def test_word_errors_and_their_summary_by_hand():
+    assert synthesis_eval.word_errors("open a door now", "Open the door.") == (2, 3)
+    assert synthesis_eval.word_errors("", "open") == (1, 1) and synthesis_eval.word_errors("oh no", "") == (2, 0)
+
+    class Ear:
+        def transcribe(self, audio, sample_rate):
+            return ["open the door", "", "call anna"]
+
+    clips = [torch.zeros(0), torch.zeros(1600), tones(1)[0]]
+    limits = {"pitch": [100.0, 200.0], "rate": [0.1, 0.05]}
+    good = synthesis_eval.judge_clips("good", clips, LINES, {"judge": Ear()}, limits, 16000)
+    bad = good.assign(system="bad", errors_judge=good["errors_judge"] + 1)
+    table = synthesis_eval.summary(pd.concat([good, bad]), ears=["judge"], base="good", n=200).set_index("system")
+    assert good["errors_judge"].tolist() == [0, 1, 0] and abs(table.loc["good", "wer_judge"] - 1 / 6) < 1e-9
+    assert abs(table.loc["bad", "change_judge"] - 0.5) < 1e-9 and table.loc["bad", "change_judge_low"] > 0
+    assert len(synthesis_eval.bars(table.reset_index(), ["wer_judge"])) == 2
+    assert synthesis_eval.jumps([{"reward_mean": 0.0}, {"reward_mean": 1.0}, {"reward_mean": 0.5}]) == 0.75

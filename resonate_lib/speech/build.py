@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from resonate_lib import training
 from resonate_lib.config_speech import SpeakerConfig
 from resonate_lib.knobs import field_types
 from resonate_lib.speech.lines import draw_lines, learn_limits, natural
@@ -17,9 +18,11 @@ from resonate_lib.speech.tokenizer import TokenizerShape, fit_tokenizer
 NAMES = ("speaker", "speech_reward")
 
 
-def missing(run) -> list[str]:
-    """Those of NAMES that notebook 10 trains first: where one is nowhere, both, since they share their tokens."""
-    return [] if all(run.resolve_input(name, optional=True) for name in NAMES) else list(NAMES)
+def to_build(run) -> list[str]:
+    """What notebook 10 trains first: nothing where both of NAMES are found, else both: they share their tokens. What this very
+    run has made counts as not found: `build` gives its histories back."""
+    found = {name: run.resolve_input(name, optional=True) for name in NAMES}
+    return [] if all(place not in (None, run.checkpoint(name)) for name, place in found.items()) else list(NAMES)
 
 
 def build(config: SpeakerConfig, folders: dict[str, Path], *, seed: int, states: dict[str, Path | None],
@@ -29,6 +32,9 @@ def build(config: SpeakerConfig, folders: dict[str, Path], *, seed: int, states:
 
     states: the files (tokenizer, speaker, speech_reward) that a killed training goes on from, None for none.
     """
+    before = {name: training.history_done(state) for name, state in states.items()}
+    if all(folder.is_dir() for folder in folders.values()) and all(before.values()):  # done, by the run that is resumed
+        return before
     lines = draw_lines(config.train_lines, split="train", seed=seed)
     print(f"speaking {len(lines)} lines", flush=True)
     clips = natural(lines)
