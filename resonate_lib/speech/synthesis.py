@@ -6,6 +6,7 @@ One vocabulary holds it all: `<pitch> <rate> letters <speech> tokens <end>`. The
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import unicodedata
@@ -74,8 +75,6 @@ class Speaker:
 
     def fork(self) -> Speaker:
         """A copy with a model of its own and the same tokenizer."""
-        import copy
-
         return Speaker(copy.deepcopy(self.model), self.tokenizer, card=dict(self.card))
 
     def prompts(self, lines: Sequence[Line]) -> dict[str, Tensor]:
