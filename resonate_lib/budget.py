@@ -34,7 +34,7 @@ STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", 
 # Networks that a notebook holds besides that of its stage: the base, and students of earlier stages.
 BESIDE = {"02 pretrain": 1, "03 dpo": 1, "03 pretrain": 2, "04 grpo": 1, "04 nft": 2, f"04 {TRIAL}": 3, f"04 {HACK}": 3}
 BESIDE |= {"05 grpo": 1, "05 diffro": 2, "08 grpo": 1, "08 nft": 2, "08 dpo": 3}
-SYSTEMS = {"00": 2, "06": 7, "07": 5}  # networks of the notebooks that only generate: the base and what was tuned
+SYSTEMS = {"00": 2, "06": 7, "07": 6}  # networks of the notebooks that only generate: the base and what was tuned
 HEARING = {  # who hears, besides the reward lines
     "02": ("clap", "lalm", "clap_eval", "lalm_eval"),
     "04": ("clap_eval", "aesthetics"),  # the watch, as in 05
