@@ -27,7 +27,7 @@ from resonate_lib.models.flux_audio import FluxAudio, fluxaudio_m_44k
 from resonate_lib.models.pretrained import PARTS, beside, flux_config, locate, read_weights
 
 TRIAL = "own reward"  # of notebook 04: one small round of GRPO, with all its networks still there
-HACK = "planted hack"  # its last training: NFT once more, in rounds that are no larger
+HACK = "planted hack"  # its last training: DiffRO of a reward without a model, 16 clips a round at most
 # Of 08 the stages of the flow: PPO's network is a pipeline's, whose shapes are not known here.
 STAGES = {"02": ("pretrain",), "03": ("dpo", "pretrain"), "04": ("grpo", "nft", TRIAL, HACK), "05": ("grpo", "diffro"),
           "08": ("grpo", "nft", "dpo")}  # fmt: skip
@@ -76,8 +76,8 @@ def plans(config: Mapping[str, Mapping[str, Any]], notebooks: list[str], paramet
             held = {f"networks held beside: {BESIDE[name]}, float32": BESIDE[name] * _bytes(build)}
             judges = _judges(config, number, given, STAGES[number][: place + 1])
             held |= _published(config) | judges | (_pipeline(config) if number == "08" else {})
-            clips, climbed = memory.batches(stage)[1], section == "diffro"
-            scoring = (GRAPH if climbed else 1) * _scoring(judges) if clips else 0
+            clips, climbed = memory.batches(stage)[1], section in ("diffro", HACK)
+            scoring = (GRAPH if section == "diffro" else 1) * _scoring(judges) if clips else 0
             decoding = memory.decoding(clips, seconds=config["suite"]["seconds"], device=device, gradients=climbed)
             rows = memory.plan(build, stage, device=device, held=held, scoring=scoring, decoding=decoding)
             found[name] = [replace(row, knobs=_advice(row.part, number)) if row.part in held else row for row in rows]
@@ -103,7 +103,9 @@ def _stage(config, number: str, section: str, given: Mapping[str, Any]) -> Confi
     (in 08, where the others are as their own notebooks have them, of PPO alone), the others' begin with the stage's name."""
     if section == TRIAL:
         return replace(_stage(config, number, "grpo", given), steps=1, prompts_per_step=2, minibatches=1)
-    section = "nft" if section == HACK else section
+    if section == HACK:
+        own = _stage(config, number, "diffro", {})
+        return replace(own, steps=1, prompts_per_step=min(16, _stage(config, number, "nft", given).prompts_per_step), reward="loud")
     names, first = set(config[section]), section == NOTEBOOK_CONFIGS[number][0].section
     mine = {key: value for key, value in given.items() if key in names and (first or (key == "trained" and number != "08"))}
     mine |= {key.removeprefix(f"{section}_"): value for key, value in given.items() if key.removeprefix(f"{section}_") in names

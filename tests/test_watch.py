@@ -10,8 +10,8 @@ import torch
 from scipy import stats as scipy_stats
 from test_algorithms import GRPO, NFT, RECORDS, ToyGenerator, weights
 
-from resonate_lib import grpo, nft, online, plots, runs
-from resonate_lib.config import GRPOConfig, resolve
+from resonate_lib import diffro, grpo, nft, online, plots, runs
+from resonate_lib.config import DiffROConfig, GRPOConfig, resolve
 from resonate_lib.data import prompts
 from resonate_lib.evaluation import watch
 from resonate_lib.evaluation.judge import Judge
@@ -337,7 +337,7 @@ def embedded(config, reward, module):
 @pytest.mark.parametrize("last", [1.0, 12.0])
 def test_the_alarm_fires_on_a_policy_that_turns_the_level_up(last):
     """Real scenes and the shipped judge; the policy's clips get louder and are driven into saturation, which a reward that likes
-    loudness rewards. (A training that ends there is chaotic at the pace of a test; notebook 04 shows one.)"""
+    loudness rewards."""
     records = prompts.rl_prompts(8, seed=0)
     guard = watch.Watch({"judge": Judge.load(runs.shipped_weights("tiny") / "judge")}, watches=12)
     for number, drive in enumerate(np.geomspace(1.0, last, 12)):
@@ -346,6 +346,27 @@ def test_the_alarm_fires_on_a_policy_that_turns_the_level_up(last):
         row = guard(heard)
     assert bool(row["alarm"]) is (last > 1)
     assert (row["watch_reward"] > guard.rows[0]["watch_reward"] + 3) is (last > 1)
+
+
+class Loud:
+    """`loud` with a gradient."""
+
+    def differentiable(self, audio, sample_rate, prompts_):
+        return loud(audio, sample_rate, prompts_).scores
+
+    __call__ = staticmethod(loud)
+
+
+@pytest.mark.slow
+def test_the_alarm_fires_in_a_training_that_climbs_the_level():
+    """Notebook 04's planted hack."""
+    config = dataclasses.replace(
+        resolve(DiffROConfig, "tiny"), steps=15, prompts_per_step=16, guidance_scales=(1.0,), learning_rate=6e-4, warmup_steps=10,
+        watch_every=1,
+    )  # fmt: skip
+    history = embedded(config, Loud(), diffro)
+    print(watch.said(history))
+    assert watch.first_alarm(history)[0] < 15 and "loudness" in history[-1]["alarm"]
 
 
 @pytest.mark.slow
