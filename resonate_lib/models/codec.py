@@ -166,9 +166,8 @@ class MelCodec(nn.Module):
         """Non-negative magnitudes (B, bins, frames) whose mel is close to `mel`: pseudo-inverse, then multiplicative updates."""
         spectrum = (self.inverse @ mel).clamp(min=1e-6)
         target = self.basis.T @ mel
-        gram = self.basis.T @ self.basis
         for _ in range(rounds):
-            spectrum = spectrum * target / (gram @ spectrum + 1e-9)
+            spectrum = spectrum * target / (self.basis.T @ (self.basis @ spectrum) + 1e-9)
         return spectrum
 
     @torch.no_grad()
