@@ -25,19 +25,20 @@ class Turns:
     parts: name -> a module, an optimizer (its moments move), an object that holds some as attributes (a reward), a list of those
     that move together, or a function without arguments that loads one, called when its turn comes and forgotten after it. All
     that is given leaves the device at once.
-    timeline: a row for each load and release, in order: part, action ("load" or "release"), resident (bytes on the device after
-    it). A function's part counts in `everything` from its first turn on.
+    timeline: a list (None: a new one) that gets a row for each load and release, in order: part, action ("load" or "release"),
+    resident (bytes on the device after it; of the last load of a turn, the most until its end) and everything (bytes that would lie
+    there if every part stayed). A function's part counts in everything from its first turn on.
 
         turns = Turns({"policy": [network, optimizer], "reward": lambda: LalmReward.load(folder)}, "cuda")
         with turns.take("reward") as reward:
             ...
     """
 
-    def __init__(self, parts: Mapping[str, Part], device: str | torch.device):
+    def __init__(self, parts: Mapping[str, Part], device: str | torch.device, timeline: list[dict[str, Any]] | None = None):
         if not parts:
             raise ValueError("no parts: name at least one that takes turns")
         self.parts, self.device = dict(parts), torch.device(device)
-        self.timeline: list[dict[str, Any]] = []
+        self.timeline = [] if timeline is None else timeline
         self._here: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
         self._open: tuple[str, ...] = ()
@@ -70,7 +71,8 @@ class Turns:
             self._open = ()
             for name in names:  # gradients and moments have come since
                 self._sizes[name] = resident_bytes(self._here[name])
-            self.timeline[-1]["resident"] = max(self.timeline[-1]["resident"], self.resident)
+            row = self.timeline[-1]
+            row["resident"], row["everything"] = max(row["resident"], self.resident), max(row["everything"], self.everything)
 
     def release(self) -> None:
         """Take every part off the device; what a function loaded is forgotten."""
@@ -86,7 +88,7 @@ class Turns:
     def _note(self, name: str, action: str) -> None:
         if name in self._here:
             self._sizes[name] = resident_bytes(self._here[name])
-        self.timeline.append({"part": name, "action": action, "resident": self.resident})
+        self.timeline.append({"part": name, "action": action, "resident": self.resident, "everything": self.everything})
 
     @property
     def resident(self) -> int:
@@ -113,21 +115,26 @@ def resident_bytes(part: Any) -> int:
     return sum(found.values())
 
 
-def memory_curve(turns: Turns, *, title: str = ""):
-    """Figure: bytes on the device after each load and release, beside what everything together would take."""
+def memory_curve(timeline: Sequence[Mapping[str, Any]], *, title: str = ""):
+    """Figure: bytes on the device after each load and release of a `Turns.timeline`, beside what everything together would take.
+    ValueError for an empty one."""
     from resonate_lib import plots
 
+    if not timeline:
+        raise ValueError("an empty timeline: nothing has taken its turn yet")
+    everything = max(row["everything"] for row in timeline)
     figure, axes = plots._axes(size=(7.0, 2.6))
-    ax, rows = axes[0, 0], turns.timeline
-    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if turns.everything >= u), (1024, "KiB"))
-    colors = {part: plots.COLORS[i % len(plots.COLORS)] for i, part in enumerate(turns.parts)}
-    ax.step(range(len(rows) + 1), [0, *(row["resident"] / unit for row in rows)], where="post", color="black", linewidth=1)
-    for i, row in enumerate(rows, start=1):
+    ax = axes[0, 0]
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if everything >= u), (1024, "KiB"))
+    parts = dict.fromkeys(row["part"] for row in timeline)
+    colors = {part: plots.COLORS[i % len(plots.COLORS)] for i, part in enumerate(parts)}
+    ax.step(range(len(timeline) + 1), [0, *(row["resident"] / unit for row in timeline)], where="post", color="black", linewidth=1)
+    for i, row in enumerate(timeline, start=1):
         if row["action"] == "load":
             ax.bar(i, row["resident"] / unit, width=1, align="edge", color=colors[row["part"]], alpha=0.6)
     for part, color in colors.items():
         ax.bar(0, 0, color=color, alpha=0.6, label=part)
-    ax.axhline(turns.everything / unit, color="black", linestyle="--", linewidth=0.8, label="everything resident")
+    ax.axhline(everything / unit, color="black", linestyle="--", linewidth=0.8, label="everything resident")
     ax.set(xlabel="loads and releases", ylabel=f"on the device ({name})", title=title)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

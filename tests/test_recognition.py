@@ -234,14 +234,16 @@ def test_mwer_loss_by_hand_counts_equal_hypotheses_once():
 def test_a_round_scores_its_hypotheses_and_begins_at_ratio_one(taught, pool):
     recogniser = taught[0].fork()
     config = RecognitionConfig(**SMALL)
-    made = rl.collect(recogniser, pool, reward, list(range(16)), config, torch.Generator().manual_seed(0))
+    made = rl.collect(recogniser, pool, reward, list(range(16)), config, torch.Generator().manual_seed(0),
+                      turns=rl.taking_turns(recogniser))  # fmt: skip
     assert len(made.hypotheses) == len(made.rewards) == 96 and made.groups == 16 and len(made.batches) == 2
     for text, one, score, wrong in zip(made.hypotheses, made.utterances, made.rewards, made.errors, strict=True):
         assert score == pytest.approx(reward(text, one)[0], abs=1e-6) and wrong == rl.word_errors(text, one.text)["errors"]
     assert [len(one.text) for one in made.utterances[::48]] == sorted(len(one.text) for one in made.utterances[::48])
-    with rl.learning(recogniser, config, seed=0) as (module, reference):
+    with rl.learning(recogniser, config, seed=0) as (module, reference, held):
         optimizer = rl.make_optimizer(module, 1e-4)
-        numbers = rl.update(recogniser, module, optimizer, made, config, reference)
+        turns = rl.taking_turns(recogniser, optimizer=optimizer, **held)
+        numbers = rl.update(recogniser, module, optimizer, made, config, reference, turns)
     assert 0 < numbers["first_ratio_deviation"] < 1e-4 and numbers["kl"] >= 0 and numbers["trained"] % 6 == 0
 
 
@@ -261,7 +263,8 @@ def test_reinforcement_lowers_word_errors_on_unseen_utterances(taught, pool, hel
     config = RecognitionConfig(**SMALL | more, steps=12, objective=objective)
 
     def sampled_errors():
-        made = rl.collect(recogniser, held_out, reward, range(60), config, torch.Generator().manual_seed(0))
+        made = rl.collect(recogniser, held_out, reward, range(60), config, torch.Generator().manual_seed(0),
+                          turns=rl.taking_turns(recogniser))  # fmt: skip
         return made.errors.mean().item()
 
     before = sampled_errors()
@@ -363,7 +366,8 @@ def test_an_engine_samples_and_the_policy_scores(taught, pool):
     with serving(engine_of(taught[0])) as (url, seen):
         config = RecognitionConfig(**SMALL | {"utterances_per_step": 4, "group_size": 3}, steps=2, rollout_source=f"{url}#small")
         random, cold = torch.Generator().manual_seed(0), replace(config, temperature=0.1)
-        made = rl.collect(recogniser, pool, reward, range(4), cold, random, engine=Engine(f"{url}#small"))
+        made = rl.collect(recogniser, pool, reward, range(4), cold, random, turns=rl.taking_turns(recogniser),
+                          engine=Engine(f"{url}#small"))  # fmt: skip
         history = rl.train(recogniser, pool, reward, config)
     assert made.numbers["engine_gap"] < 1e-3  # texts that encode as they were sampled, by the same weights
     assert history[0]["first_ratio_deviation"] < 1e-4 and "engine_gap" in history[0]
@@ -375,7 +379,8 @@ def test_an_engine_samples_and_the_policy_scores(taught, pool):
 def test_an_engine_that_says_nothing_or_too_little(taught, pool):
     config = RecognitionConfig(**SMALL | {"group_size": 3})
     ask = lambda url: rl.collect(  # noqa: E731
-        taught[0], pool, reward, range(2), config, torch.Generator().manual_seed(0), engine=Engine(f"{url}#small", backoff=0.01)
+        taught[0], pool, reward, range(2), config, torch.Generator().manual_seed(0), engine=Engine(f"{url}#small", backoff=0.01),
+        turns=rl.taking_turns(taught[0]),
     )
     with serving(engine_of(taught[0], broken="text")) as (url, _):
         assert ask(url).hypotheses[0] == ""

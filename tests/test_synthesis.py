@@ -320,7 +320,8 @@ def test_grpo_raises_the_reward_it_is_given(tokenizer, reader):
 def test_filtering_drops_what_failed_and_counts_it(speaker, reader):
     """An untrained speaker emits letters among its tokens: nearly all decodes have failed."""
     random = torch.Generator().manual_seed(0)
-    spoken = rl.roll_out(speaker, reader, long_is_good, LINES, replace(CONFIG, filtering=True), random)
+    turns = rl.taking_turns(speaker, reader)
+    spoken = rl.roll_out(speaker, reader, long_is_good, LINES, replace(CONFIG, filtering=True), random, turns)
     assert spoken.dropped["failed"] == int(spoken.failed.sum()) > 0
     assert int((~spoken.keep).sum()) == sum(spoken.dropped.values()) and not (spoken.keep & spoken.failed).any()
     assert (spoken.advantages[~spoken.keep] == 0).all()

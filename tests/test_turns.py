@@ -138,7 +138,7 @@ def test_the_curve_shows_every_move_and_the_sum():
     for name in SIZES:
         with turns.take(name):
             pass
-    ax = memory_curve(turns, title="one round").axes[0]
+    ax = memory_curve(turns.timeline, title="one round").axes[0]
     assert ax.lines[0].get_ydata().max() == pytest.approx(turns.peak / 1024)
     assert ax.lines[1].get_ydata()[0] == pytest.approx(turns.everything / 1024)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["everything resident", *SIZES]

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +29,15 @@ SHAPE = LalmShape(seconds=10, mels=64, n_fft=512, hop=250, width=112, heads=4, a
 CARD = "Recogniser"
 BLOCK = 32  # frames, half a second: a batch's length is a multiple of it, or every length would need kernels of its own
 LEAST = 4  # frames that make one audio token; shorter clips are filled up with silence
+
+
+class Heard(NamedTuple):
+    """What was heard in B clips: audio (B, T // 4, text width), of which the first tokens (B,) are real, and the tower's states
+    before pooling (B, T // 2, width)."""
+
+    audio: Tensor
+    tokens: Tensor
+    states: Tensor
 
 
 def hear(tower, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,28 +119,31 @@ class Recogniser:
         device = self.model.device
         return mel_frames(waves.to(device), extractor), frames.to(device)
 
-    def prompts(self, features: Tensor, frames: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """What `token_policy` takes as inputs, for log-mels and their real frames: inputs_embeds (B, P, width), filled up on the
-        left, and attention_mask; gradients flow into the audio tower. Also returns its states (B, T // 2, width)."""
+    def listen(self, features: Tensor, frames: Tensor) -> Heard:
+        """What the audio tower and the projector make of log-mels (B, mels, T) and their real frames; gradients flow."""
         core = self.model.model
-        heard, tokens, states = hear(core.audio_tower, features, frames)
-        heard = core.multi_modal_projector(heard)
-        counts, audio = tokens.tolist(), self.processor.audio_token_id
+        audio, tokens, states = hear(core.audio_tower, features, frames)
+        return Heard(core.multi_modal_projector(audio), tokens, states)
+
+    def prompts(self, heard: Heard) -> dict[str, Tensor]:
+        """What `token_policy` takes as inputs, filled up on the left: inputs_embeds (B, P, width) and attention_mask; gradients
+        flow into what was heard."""
+        counts, audio = heard.tokens.tolist(), self.processor.audio_token_id
         rows = [[*self.head, *[audio] * count, *self.tail] for count in counts]
-        length, device = max(map(len, rows)), features.device
+        length, device = max(map(len, rows)), heard.audio.device
         ids = torch.full((len(rows), length), self.end[0])
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, length - len(row) :], mask[place, length - len(row) :] = torch.tensor(row), 1
         ids = ids.to(device)
-        embeds = core.get_input_embeddings()(ids)
-        kept = heard[torch.arange(heard.shape[1], device=device) < tokens[:, None]]
+        embeds = self.model.get_input_embeddings()(ids)
+        kept = heard.audio[torch.arange(heard.audio.shape[1], device=device) < heard.tokens[:, None]]
         embeds = embeds.masked_scatter((ids == audio)[..., None], kept.to(embeds.dtype))
-        return {"inputs_embeds": embeds, "attention_mask": mask.to(device)}, states
+        return {"inputs_embeds": embeds, "attention_mask": mask.to(device)}
 
     def inputs(self, clips: Sequence[Tensor]) -> dict[str, Tensor]:
         """`prompts` of clips (T_i,) at 16 kHz."""
-        return self.prompts(*self.features(clips))[0]
+        return self.prompts(self.listen(*self.features(clips)))
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (n, L) of transcripts with the end token, filled up on the right, and their mask (n, L) bool. Any text encodes;
@@ -139,7 +152,7 @@ class Recogniser:
         rows = [[*tokenizer.encode(text, split_special_tokens=True), end] for text in texts]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=end)
-        device = self.model.device
+        device = self.model.get_input_embeddings().weight.device
         return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:

@@ -30,6 +30,7 @@ from resonate_lib.speech.engine import Engine
 from resonate_lib.speech.errors import hallucinates, word_errors
 from resonate_lib.speech.recognition import Recogniser, clips_of, fitting
 from resonate_lib.training import autocast, fit
+from resonate_lib.turns import Turns
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")  # attention of the decoder and of the audio tower
 LARGEST = ("ratio_deviation",)  # of the metrics of a round's batches the maximum counts, else the mean
@@ -141,28 +142,34 @@ def _sampled(recogniser: Recogniser, inputs, clips, config, generator, engine) -
 @torch.no_grad()
 def collect(
     recogniser: Recogniser, corpus, reward: RuleReward, positions: Sequence[int], config, generator: torch.Generator,
-    *, engine: Engine | None = None,
+    *, turns: Turns, engine: Engine | None = None,
 ) -> Round:  # fmt: skip
     """Sample config.group_size hypotheses for each utterance at these positions and score them; advantages are computed.
 
-    Shortest first, at most config.micro_batch utterances at a time. engine: what samples in the policy's stead.
+    Shortest first, at most config.micro_batch utterances at a time: all are heard in the encoder's turn, then sampled in the
+    decoder's (`taking_turns`). engine: what samples in the policy's stead.
     """
     positions = sorted(positions, key=lambda place: (len(corpus.audio[place]), place))
-    batches, said, cut, entropies, gaps = [], [], [], [], []
-    for part in parts(len(positions), config.micro_batch):
-        clips = clips_of(corpus, positions[part])
-        features, frames = recogniser.features(clips)
-        with autocast(config.precision, features.device.type):
-            inputs, _ = recogniser.prompts(features, frames)
-            ids, mask, old, gap = _sampled(recogniser, inputs, clips, config, generator, engine)
-            if old is None:
-                old = token_policy.token_log_probs(recogniser.model, inputs, ids, mask)
-        batches.append(Batch(features, frames, ids, mask, old, [corpus.utterances[place].text for place in positions[part]]))
-        said += recogniser.decode(ids, mask)
-        ends = torch.isin(ids, torch.tensor(recogniser.end, device=ids.device)) & mask
-        cut += (~ends.any(-1)).tolist()
-        entropies += token_policy.sequence_mean(-old, mask).tolist()
-        gaps.append(gap)
+    batches, said, cut, entropies, gaps, every = [], [], [], [], [], []
+    with turns.take("encoder"):
+        for part in parts(len(positions), config.micro_batch):
+            features, frames = recogniser.features(clips_of(corpus, positions[part]))
+            with autocast(config.precision, features.device.type):
+                every.append((part, features, frames, recogniser.listen(features, frames)))
+    with turns.take("decoder"):
+        for part, features, frames, heard in every:
+            clips = clips_of(corpus, positions[part])
+            with autocast(config.precision, features.device.type):
+                inputs = recogniser.prompts(heard)
+                ids, mask, old, gap = _sampled(recogniser, inputs, clips, config, generator, engine)
+                if old is None:
+                    old = token_policy.token_log_probs(recogniser.model, inputs, ids, mask)
+            batches.append(Batch(features, frames, ids, mask, old, [corpus.utterances[place].text for place in positions[part]]))
+            said += recogniser.decode(ids, mask)
+            ends = torch.isin(ids, torch.tensor(recogniser.end, device=ids.device)) & mask
+            cut += (~ends.any(-1)).tolist()
+            entropies += token_policy.sequence_mean(-old, mask).tolist()
+            gaps.append(gap)
     utterances = [corpus.utterances[place] for place in positions for _ in range(config.group_size)]
     made = _scored(batches, said, utterances, reward, config)
     made.numbers |= {"cut_off": sum(cut) / len(cut), "entropy": sum(entropies) / len(entropies)}  # nats a token, of what was drawn
@@ -198,7 +205,7 @@ def teaching(batch: Batch, config) -> Batch | None:
 
 def batch_loss(recogniser: Recogniser, batch: Batch, config) -> tuple[Tensor, dict[str, float]]:
     """The objective's loss on one batch, and what to report; gradients reach the audio tower too."""
-    inputs, _ = recogniser.prompts(batch.features, batch.frames)
+    inputs = recogniser.prompts(recogniser.listen(batch.features, batch.frames))
     new = token_policy.token_log_probs(recogniser.model, inputs, batch.ids, batch.mask)
     if config.objective == "grpo":
         return token_policy.grpo_loss(
@@ -216,7 +223,7 @@ def batch_loss(recogniser: Recogniser, batch: Batch, config) -> tuple[Tensor, di
     return loss, {"loss": loss.item(), **metrics}
 
 
-def update(recogniser: Recogniser, module, optimizer, made: Round, config, reference) -> dict[str, float]:
+def update(recogniser: Recogniser, module, optimizer, made: Round, config, reference, turns: Turns) -> dict[str, float]:
     """config.epochs updates over a round's hypotheses, gradients of its batches added up. Returns means over updates,
     `first_ratio_deviation` (of the first update's ratios from 1: in float32 below 1e-4) and skipped = 1 where every group ties."""
     batches = [batch for batch in (teaching(batch, config) for batch in made.batches) if batch is not None]
@@ -225,62 +232,84 @@ def update(recogniser: Recogniser, module, optimizer, made: Round, config, refer
         return {"trained": 0.0, "skipped": 1.0}
     device = batches[0].ids.device.type
     if config.objective == "grpo" and config.beta > 0:
-        with torch.no_grad(), reference(), autocast(config.precision, device):
+        with torch.no_grad(), reference(turns), autocast(config.precision, device):
             for batch in batches:
-                inputs, _ = recogniser.prompts(batch.features, batch.frames)
+                inputs = recogniser.prompts(recogniser.listen(batch.features, batch.frames))
                 batch.ref = token_policy.token_log_probs(recogniser.model, inputs, batch.ids, batch.mask)
     rows = []
-    for _ in range(config.epochs):
-        pieces = []
-        for batch in batches:
-            with autocast(config.precision, device):
-                loss, metrics = batch_loss(recogniser, batch, config)
-            (loss * len(batch.frames) / groups).backward()
-            pieces.append({name: value * len(batch.frames) / groups for name, value in metrics.items() if name not in LARGEST}
-                          | {name: metrics[name] for name in LARGEST})  # fmt: skip
-        row = {name: (max if name in LARGEST else sum)(piece[name] for piece in pieces) for name in pieces[0]}
-        rows.append(row | {"grad_norm": optimizer_step(module, optimizer, config.max_grad_norm)})
+    with turns.take("encoder", "decoder", "optimizer"):
+        for _ in range(config.epochs):
+            pieces = []
+            for batch in batches:
+                with autocast(config.precision, device):
+                    loss, metrics = batch_loss(recogniser, batch, config)
+                (loss * len(batch.frames) / groups).backward()
+                pieces.append({name: value * len(batch.frames) / groups for name, value in metrics.items() if name not in LARGEST}
+                              | {name: metrics[name] for name in LARGEST})  # fmt: skip
+            row = {name: (max if name in LARGEST else sum)(piece[name] for piece in pieces) for name in pieces[0]}
+            rows.append(row | {"grad_norm": optimizer_step(module, optimizer, config.max_grad_norm)})
     first = rows[0]["ratio_deviation"]
     return mean_of(rows) | {"first_ratio_deviation": first, "trained": float(groups * config.group_size), "skipped": 0.0}
 
 
+def taking_turns(recogniser: Recogniser, timeline: list | None = None, **others) -> Turns:
+    """Encoder and decoder of the recogniser, and `others` (optimizer, reference), as parts that take turns on its device. The
+    embedding of tokens and the output layer are the decoder's, the projector is the encoder's."""
+    model = recogniser.model
+    core = model.model
+    own = {"encoder": [core.audio_tower, core.multi_modal_projector], "decoder": [core.language_model, model.lm_head]}
+    return Turns(own | others, model.device, timeline)
+
+
 @contextlib.contextmanager
 def learning(recogniser: Recogniser, config, *, seed: int) -> Iterator[tuple]:
-    """Within the block (what learns, reference): a module or adapter with parameters and state_dict, and a context in which the
-    recogniser is what it was at the start. "lora": adapters on the attention's projections, merged at the end."""
+    """Within the block (what learns, reference, parts): a module or adapter with parameters and state_dict; a context, called with
+    the Turns, in which the recogniser is what it was at the start; and what takes turns beside recogniser and optimizer. "lora":
+    adapters on the attention's projections, merged at the end."""
     start = recogniser.model
     if config.trained == "lora":
         from resonate_lib.models import lora  # peft takes seconds to import
 
         adapted = lora.attach(start, config.lora_rank, config.lora_alpha, LORA_TARGETS, seed=seed)
+
+        @contextlib.contextmanager
+        def without(turns: Turns):
+            with turns.take("encoder", "decoder"), adapted.model.disable_adapter():
+                yield
+
         try:
-            yield adapted, adapted.model.disable_adapter
+            yield adapted, without, {}
         finally:
             recogniser.model = lora.merge(adapted)
+        return
+    if config.objective != "grpo" or config.beta == 0:  # nothing asks for the start
+        yield start, None, {}
         return
     frozen = copy.deepcopy(start).requires_grad_(False)
 
     @contextlib.contextmanager
-    def reference():
-        recogniser.model = frozen
-        try:
-            yield
-        finally:
-            recogniser.model = start
+    def reference(turns: Turns):
+        with turns.take("reference"):
+            recogniser.model = frozen
+            try:
+                yield
+            finally:
+                recogniser.model = start
 
-    yield start, reference
+    yield start, reference, {"reference": frozen}
 
 
 def train(
     recogniser: Recogniser, corpus, reward: RuleReward, config, *, positions: Sequence[int] | None = None, seed: int = 0,
-    checkpoint=None, callback=None,
+    checkpoint=None, callback=None, timeline: list | None = None,
 ) -> list[dict]:  # fmt: skip
     """Reinforcement of the recogniser, in place, by a `RecognitionConfig`; returns one dict of metrics per round.
 
     positions: the utterances of the corpus to draw from (None: all); those longer than the recogniser hears are left out and
     counted. The KL's reference is the recogniser as it is when this is called (with a checkpoint: call it with the same start).
-    callback(i, round, metrics) runs after each round. Metrics: `online.reward_metrics`, `collect`, `update`. ValueError for too
-    few utterances, before anything is sampled.
+    callback(i, round, metrics) runs after each round. Encoder, decoder, optimizer and reference take turns on the recogniser's
+    device; timeline gets a row for each load and release (`Turns`). Metrics: `online.reward_metrics`, `collect`, `update`.
+    ValueError for too few utterances, before anything is sampled.
     """
     kept, left_out = fitting(corpus, recogniser.seconds)
     pool = kept if positions is None else sorted(set(positions) & set(kept))
@@ -289,18 +318,21 @@ def train(
     if len(pool) < config.utterances_per_step:
         raise ValueError(f"utterances_per_step={config.utterances_per_step}: only {len(pool)} utterances to draw from; use fewer")
     engine = Engine(config.rollout_source) if config.rollout_source else None
-    with learning(recogniser, config, seed=seed) as (module, reference):
+    with learning(recogniser, config, seed=seed) as (module, reference, held):
         optimizer = make_optimizer(module, config.learning_rate)
+        turns = taking_turns(recogniser, timeline, optimizer=optimizer, **held)
 
         def step(i: int, random: torch.Generator) -> dict[str, float]:
             warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
             drawn = torch.randperm(len(pool), generator=random)[: config.utterances_per_step].tolist()
-            made = collect(recogniser, corpus, reward, [pool[k] for k in drawn], config, random, engine=engine)
-            metrics = reward_metrics(made) | made.numbers | update(recogniser, module, optimizer, made, config, reference)
+            made = collect(recogniser, corpus, reward, [pool[k] for k in drawn], config, random, turns=turns, engine=engine)
+            metrics = reward_metrics(made) | made.numbers | update(recogniser, module, optimizer, made, config, reference, turns)
             if callback is not None:
                 callback(i, made, metrics)
             return metrics
 
         modules = {"policy": module, "optimizer": optimizer}
-        return fit(step, steps=config.steps, modules=modules, label=config.objective.upper(), seed=seed, checkpoint=checkpoint,
-                   save_every=SAVE_EVERY)  # fmt: skip
+        history = fit(step, steps=config.steps, modules=modules, label=config.objective.upper(), seed=seed, checkpoint=checkpoint,
+                      save_every=SAVE_EVERY)  # fmt: skip
+        with turns.take("encoder", "decoder"):  # the recogniser stays where it was
+            return history

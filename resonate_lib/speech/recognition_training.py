@@ -126,9 +126,9 @@ def fit_recogniser(
         ids, mask = recogniser.encode(texts)
         with autocast(precision, device):
             heard = hide(features, frames, generator) if count == len(kept) else features  # what is new is not hidden yet
-            inputs, states = recogniser.prompts(heard, frames)
-            logits = token_policy.token_logits(model, inputs, ids)[mask].float()
-            letters = head(states)
+            found = recogniser.listen(heard, frames)
+            logits = token_policy.token_logits(model, recogniser.prompts(found), ids)[mask].float()
+            letters = head(found.states)
         loss = F.cross_entropy(logits, ids[mask])
         ctc = ctc_loss(letters, (frames - 1) // 2 + 1, texts)
         optimizer.zero_grad(set_to_none=True)

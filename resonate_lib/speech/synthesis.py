@@ -77,8 +77,8 @@ class Speaker:
         """A copy with a model of its own and the same tokenizer."""
         return Speaker(copy.deepcopy(self.model), self.tokenizer, card=dict(self.card))
 
-    def prompts(self, lines: Sequence[Line]) -> dict[str, Tensor]:
-        """input_ids and attention_mask (B, P), filled up on the left, as `token_policy` takes them.
+    def prompts(self, lines: Sequence[Line], *, device: str | torch.device | None = None) -> dict[str, Tensor]:
+        """input_ids and attention_mask (B, P), filled up on the left, as `token_policy` takes them; device: None for the model's.
 
         A text without a letter is a prompt without letters: whatever comes of it, nothing breaks.
         """
@@ -87,9 +87,9 @@ class Speaker:
             + [FIRST_LETTER + LETTERS.index(c) for c in letters(line.text)] + [SPEECH]
             for line in lines
         ]  # fmt: skip
-        longest = max(map(len, rows))
-        ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
+        longest, device = max(map(len, rows)), device or self.model.device
+        ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
         return {"input_ids": ids, "attention_mask": mask}
 
     def targets(self, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from resonate_lib.speech.lines import Line
 from resonate_lib.speech.synthesis import FIRST_TOKEN, Speaker
 from resonate_lib.speech.token_reward import PARTS, TokenReader, mixed
 from resonate_lib.training import fit
+from resonate_lib.turns import Turns
 
 SAVE_EVERY = 5  # rounds
 
@@ -60,7 +61,7 @@ def weights_of(config) -> dict[str, float]:
 @torch.no_grad()
 def judged(speaker: Speaker, reader: TokenReader, reward, tokens: list[Tensor], lines: list[Line], config):
     """Rewards (n,), parts and clips of rows of tokens: the reader's parts and, for objectives with GRPO, in place of its text what
-    `reward` hears in the decoded clips.
+    `reward` hears in the decoded clips. The reader must have the turn.
 
     Rewards of nothing: a recogniser that hears nothing gives its score of "", a reader without a token reads WORST.
     """
@@ -75,13 +76,18 @@ def judged(speaker: Speaker, reader: TokenReader, reward, tokens: list[Tensor], 
     return wanted.float(), parts, clips
 
 
-def roll_out(speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, random: torch.Generator) -> Spoken:
-    """Sample config.group_size sequences for each line, score them and, with config.filtering, decide what to learn from."""
-    sampled = speaker.sample(lines, group_size=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens,
-                             generator=random)
+def roll_out(
+    speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, random: torch.Generator, turns: Turns
+) -> Spoken:
+    """Sample config.group_size sequences for each line in the policy's turn, score them in the reader's and, with config.filtering,
+    decide what to learn from."""
+    with turns.take("policy"):
+        sampled = speaker.sample(lines, group_size=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens,
+                                 generator=random)
     tokens, failed = speaker.tokens(sampled)
     every = [line for line in lines for _ in range(config.group_size)]
-    rewards, parts, clips = judged(speaker, reader, reward, tokens, every, config)
+    with turns.take("reader"):
+        rewards, parts, clips = judged(speaker, reader, reward, tokens, every, config)
     keep, dropped = torch.ones(len(every), dtype=torch.bool), {"failed": 0, "length": 0, "spread": 0}
     if config.filtering:
         lengths = torch.tensor([len(row) for row in tokens])
@@ -117,36 +123,49 @@ def diffro_loss(
 
 
 def update(
-    speaker: Speaker, reference, optimizer, reader: TokenReader, spoken: Spoken, config, temperature: float, random: torch.Generator
-) -> dict[str, float]:
+    speaker: Speaker, reference, optimizer, reader: TokenReader, spoken: Spoken, config, temperature: float,
+    random: torch.Generator, turns: Turns,
+) -> dict[str, float]:  # fmt: skip
     """config.epochs optimizer steps on the kept sequences of a round; returns means over the steps, `first_ratio_deviation`, and
-    skipped = 1 where nothing was kept."""
+    skipped = 1 where nothing was kept. The reader, whose gradient DiffRO needs, has its turn together with policy and optimizer."""
     rows = spoken.keep.nonzero().flatten()
-    found, first = [], 0.0
-    if len(rows):
-        lines, inputs = [spoken.lines[k] for k in rows.tolist()], speaker.prompts([spoken.lines[k] for k in rows.tolist()])
-        ids, mask, old = spoken.sampled.ids[rows], spoken.sampled.mask[rows], spoken.sampled.log_probs[rows]
-        speech = mask & (ids >= FIRST_TOKEN)
-        with torch.no_grad():
-            known = token_policy.token_logits(reference, inputs, ids) if reference is not None else None
-    for epoch in range(config.epochs if len(rows) else 0):
-        logits = token_policy.token_logits(speaker.model, inputs, ids)
-        loss, metrics = logits.new_zeros(()), {}
-        if config.objective != "diffro":
-            new, ref = (_chosen(table, ids, mask) if table is not None else None for table in (logits, known))
-            loss, metrics = token_policy.grpo_loss(new, old, ref, mask, spoken.advantages[rows], clip_range=config.clip_range,
-                                                   beta=config.beta)
-            first = metrics["ratio_deviation"] if epoch == 0 else first
-        if config.objective != "grpo" and speech.any():
-            share, own = diffro_loss(logits, known, speech, reader, lines, weights=weights_of(config), temperature=temperature,
-                                     beta=config.beta, generator=random)
-            loss = loss + (config.diffro_weight if config.objective == "both" else 1.0) * share
-            metrics |= own
-        loss.backward()
-        with torch.no_grad():
-            entropy = token_policy.sequence_entropy(logits, mask).mean().item()
-        found.append({**metrics, "entropy": entropy, "grad_norm": optimizer_step(speaker.model, optimizer, config.max_grad_norm)})
-    return {**(mean_of(found) if found else {}), "first_ratio_deviation": first, "skipped": float(not found)}
+    if not len(rows):
+        return {"first_ratio_deviation": 0.0, "skipped": 1.0}
+    lines = [spoken.lines[k] for k in rows.tolist()]
+    ids, mask, old = spoken.sampled.ids[rows], spoken.sampled.mask[rows], spoken.sampled.log_probs[rows]
+    speech, known = mask & (ids >= FIRST_TOKEN), None
+    if reference is not None:
+        with torch.no_grad(), turns.take("reference"):
+            known = token_policy.token_logits(reference, speaker.prompts(lines, device=ids.device), ids)
+    together = ("policy", "optimizer") if config.objective == "grpo" else ("policy", "optimizer", "reader")
+    with turns.take(*together):
+        found = [_step(speaker, optimizer, reader, spoken.advantages[rows], (ids, mask, speech), (old, known), lines, config,
+                       temperature, random) for _ in range(config.epochs)]  # fmt: skip
+    first = found[0].get("ratio_deviation", 0.0)
+    return {**mean_of(found), "first_ratio_deviation": first, "skipped": 0.0}
+
+
+def _step(
+    speaker: Speaker, optimizer, reader: TokenReader, advantages: Tensor, taken: tuple[Tensor, ...], before: tuple,
+    lines: list[Line], config, temperature: float, random: torch.Generator,
+) -> dict[str, float]:  # fmt: skip
+    """One optimizer step; taken: ids, mask and which are speech, each (n, L); before: log-probabilities (n, L) of the policy that
+    sampled, and the reference's logits or None."""
+    (ids, mask, speech), (old, known) = taken, before
+    logits = token_policy.token_logits(speaker.model, speaker.prompts(lines), ids)
+    loss, metrics = logits.new_zeros(()), {}
+    if config.objective != "diffro":
+        new, ref = (_chosen(table, ids, mask) if table is not None else None for table in (logits, known))
+        loss, metrics = token_policy.grpo_loss(new, old, ref, mask, advantages, clip_range=config.clip_range, beta=config.beta)
+    if config.objective != "grpo" and speech.any():
+        share, own = diffro_loss(logits, known, speech, reader, lines, weights=weights_of(config), temperature=temperature,
+                                 beta=config.beta, generator=random)
+        loss = loss + (config.diffro_weight if config.objective == "both" else 1.0) * share
+        metrics |= own
+    loss.backward()
+    with torch.no_grad():
+        entropy = token_policy.sequence_entropy(logits, mask).mean().item()
+    return {**metrics, "entropy": entropy, "grad_norm": optimizer_step(speaker.model, optimizer, config.max_grad_norm)}
 
 
 def _chosen(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -173,38 +192,46 @@ def round_metrics(spoken: Spoken) -> dict[str, float]:
     }
 
 
+def taking_turns(speaker: Speaker, reader: TokenReader, timeline: list | None = None, **others) -> Turns:
+    """Policy and reader, and `others` (optimizer, reference), as parts that take turns on the model's device."""
+    return Turns({"policy": speaker.model, "reader": reader, **others}, speaker.model.device, timeline)
+
+
 def train(
     speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, *, seed: int = 0, checkpoint=None,
-    callback: Callable[[int, dict, Spoken], None] | None = None,
+    callback: Callable[[int, dict, Spoken], None] | None = None, timeline: list | None = None,
 ) -> list[dict]:  # fmt: skip
     """Reinforce speaker.model, in place, by config.objective: "grpo", "diffro" or "both"; returns one dict of metrics a round.
 
     reward: a Reward that hears the decoded clips, given as a list of (T_i,) (`recognisers.SpeechReward`; not asked by "diffro").
     lines: config.lines_per_step different ones a round. The reference of the KL is the model as it is when this is called.
-    callback(round, metrics, spoken) runs after each. Metrics: `round_metrics`, `update`, temperature. ValueError for a reader of
-    other tokens or fewer lines than a round takes.
+    callback(round, metrics, spoken) runs after each. Policy, optimizer, reader and reference take turns on the model's device;
+    timeline gets a row for each load and release (`Turns`). Metrics: `round_metrics`, `update`, temperature. ValueError for a
+    reader of other tokens or fewer lines than a round takes.
     """
     if reader.shape.codes != speaker.codes:
         raise ValueError(f"a reader of {reader.shape.codes} codes for a speaker of {speaker.codes}: use the one trained with it")
     if len(lines) < config.lines_per_step:
         raise ValueError(f"lines_per_step={config.lines_per_step}, but only {len(lines)} lines: give more or ask for fewer")
     model = speaker.model
-    reader.to(model.device)
     reference = frozen_copy(model) if config.beta > 0 else None
     optimizer = make_optimizer(model, config.learning_rate)
+    turns = taking_turns(speaker, reader, timeline, optimizer=optimizer, **({} if reference is None else {"reference": reference}))
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
         chosen = [lines[k] for k in torch.randperm(len(lines), generator=random)[: config.lines_per_step].tolist()]
-        spoken = roll_out(speaker, reader, reward, chosen, config, random)
+        spoken = roll_out(speaker, reader, reward, chosen, config, random, turns)
         temperature = temperature_at(i, config.steps, config.gumbel_start, config.gumbel_end)
         own = torch.Generator().manual_seed(draw_seed(random))
-        metrics = round_metrics(spoken) | update(speaker, reference, optimizer, reader, spoken, config, temperature, own)
+        metrics = round_metrics(spoken) | update(speaker, reference, optimizer, reader, spoken, config, temperature, own, turns)
         metrics["temperature"] = temperature
         if callback is not None:
             callback(i, metrics, spoken)
         return metrics
 
     model.eval()  # without dropout, so that the first ratio is 1
-    return fit(step, steps=config.steps, modules={"model": model, "optimizer": optimizer}, label=config.objective, seed=seed,
-               checkpoint=checkpoint, save_every=SAVE_EVERY)
+    history = fit(step, steps=config.steps, modules={"model": model, "optimizer": optimizer}, label=config.objective, seed=seed,
+                  checkpoint=checkpoint, save_every=SAVE_EVERY)
+    with turns.take("policy", "reader"):  # both stay where they were
+        return history
