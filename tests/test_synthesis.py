@@ -309,6 +309,21 @@ def test_every_objective_trains_and_repeats_with_its_seed(tokenizer, reader, obj
     assert all(row["kept"] == 1 for row in runs[0]) or filtering
 
 
+@pytest.mark.parametrize("objective", ["grpo", "diffro"])
+def test_the_reader_shares_the_policys_turn_only_where_its_gradient_is_wanted(tokenizer, reader, objective):
+    speaker, moves = Speaker.new(tokenizer, SpeakerShape(width=16, layers=1, heads=2, hidden=32), seed=1), []
+    config = replace(CONFIG, objective=objective, filtering=False, steps=1, beta=0.1)
+    rl.train(speaker, reader, long_is_good, LINES, config, seed=4, timeline=moves)
+    here, sets = set(), []
+    for row in moves:
+        here = here | {row["part"]} if row["action"] == "load" else here - {row["part"]}
+        sets.append(here)
+    learning = {"policy", "optimizer"} | ({"reader"} if objective == "diffro" else set())
+    assert learning in sets and all(one <= learning for one in sets if "optimizer" in one)
+    assert {"policy", "reader"} == sets[-1] and {"reference"} in sets and not any({"reference", "reader"} <= one for one in sets)
+    assert max(row["resident"] for row in moves) < moves[-1]["everything"]
+
+
 def test_grpo_raises_the_reward_it_is_given(tokenizer, reader):
     speaker = Speaker.new(tokenizer, SpeakerShape(width=16, layers=1, heads=2, hidden=32), seed=1)
     config = replace(CONFIG, objective="grpo", filtering=False, steps=25, group_size=8, learning_rate=1e-2, beta=0.0,

@@ -246,6 +246,7 @@ def update(recogniser: Recogniser, module, optimizer, made: Round, config, refer
                 (loss * len(batch.frames) / groups).backward()
                 pieces.append({name: value * len(batch.frames) / groups for name, value in metrics.items() if name not in LARGEST}
                               | {name: metrics[name] for name in LARGEST})  # fmt: skip
+            turns.count()  # with the gradients
             row = {name: (max if name in LARGEST else sum)(piece[name] for piece in pieces) for name in pieces[0]}
             rows.append(row | {"grad_norm": optimizer_step(module, optimizer, config.max_grad_norm)})
     first = rows[0]["ratio_deviation"]

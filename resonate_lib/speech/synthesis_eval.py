@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import jiwer
 import numpy as np
 import pandas as pd
 import torch
@@ -12,16 +11,8 @@ from torch import Tensor
 
 from resonate_lib.evaluation import stats
 from resonate_lib.rewards.rules import words
+from resonate_lib.speech.errors import word_errors
 from resonate_lib.speech.lines import Line, class_of, measures
-
-
-def word_errors(hypothesis: str, reference: str) -> tuple[int, int]:
-    """Substituted, left out and inserted words, and words of the reference; without one, every word heard is an error of 0."""
-    said, asked = words(hypothesis), words(reference)
-    if not asked:
-        return len(said), 0
-    found = jiwer.process_words(" ".join(asked), " ".join(said))
-    return found.substitutions + found.deletions + found.insertions, len(asked)
 
 
 def judge_clips(
@@ -36,7 +27,7 @@ def judge_clips(
         row = {"system": system, "line": place, **line.as_dict(), "words": len(words(line.text))}
         row["length_s"] = len(clip) / sample_rate
         for name, texts in heard.items():
-            row |= {f"heard_{name}": texts[place], f"errors_{name}": word_errors(texts[place], line.text)[0]}
+            row |= {f"heard_{name}": texts[place], f"errors_{name}": word_errors(texts[place], line.text)["errors"]}
         row |= {"pitch_hz": found["pitch"], "letter_s": found["rate"]}
         row |= {f"{name}_right": float(class_of(name, found[name], limits) == getattr(line, name)) for name in ("pitch", "rate")}
         rows.append(row)

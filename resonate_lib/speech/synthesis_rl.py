@@ -140,14 +140,14 @@ def update(
     together = ("policy", "optimizer") if config.objective == "grpo" else ("policy", "optimizer", "reader")
     with turns.take(*together):
         found = [_step(speaker, optimizer, reader, spoken.advantages[rows], (ids, mask, speech), (old, known), lines, config,
-                       temperature, random) for _ in range(config.epochs)]  # fmt: skip
+                       temperature, random, turns) for _ in range(config.epochs)]  # fmt: skip
     first = found[0].get("ratio_deviation", 0.0)
     return {**mean_of(found), "first_ratio_deviation": first, "skipped": 0.0}
 
 
 def _step(
     speaker: Speaker, optimizer, reader: TokenReader, advantages: Tensor, taken: tuple[Tensor, ...], before: tuple,
-    lines: list[Line], config, temperature: float, random: torch.Generator,
+    lines: list[Line], config, temperature: float, random: torch.Generator, turns: Turns,
 ) -> dict[str, float]:  # fmt: skip
     """One optimizer step; taken: ids, mask and which are speech, each (n, L); before: log-probabilities (n, L) of the policy that
     sampled, and the reference's logits or None."""
@@ -163,6 +163,7 @@ def _step(
         loss = loss + (config.diffro_weight if config.objective == "both" else 1.0) * share
         metrics |= own
     loss.backward()
+    turns.count()  # with the gradients
     with torch.no_grad():
         entropy = token_policy.sequence_entropy(logits, mask).mean().item()
     return {**metrics, "entropy": entropy, "grad_norm": optimizer_step(speaker.model, optimizer, config.max_grad_norm)}
