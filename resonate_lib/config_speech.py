@@ -84,6 +84,7 @@ class SpeakerConfig(Config):
     batch_size: int = knob(32, low=1)
     learning_rate: float = knob(2e-3, above=0, high=1)
     width: int = knob(128, low=16)
+    history_noise: float = knob(0.1, low=0, high=1)  # share of the tokens before that are replaced in training
     layers: int = knob(4, low=1)
     heads: int = knob(4, low=1)
     reader_steps: int = knob(1500, low=1)  # of the token-to-text reward

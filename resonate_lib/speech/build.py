@@ -46,6 +46,7 @@ def build(config: SpeakerConfig, folders: dict[str, Path], *, seed: int, states:
     sizes = SpeakerShape(width=config.width, layers=config.layers, heads=config.heads, hidden=3 * config.width)
     speaker, histories["speaker"] = fit_speaker(tokenizer, lines, tokens, steps=config.steps, batch_size=config.batch_size,
                                                 seed=seed, shape=sizes, learning_rate=config.learning_rate,
+                                                history_noise=config.history_noise,
                                                 checkpoint=states.get("speaker"), precision=config.precision, device=device)
     speaker.card["limits"] = learn_limits(lines[:600], clips[:600], tokenizer.sample_rate)
     reader, histories["speech_reward"] = fit_reader(lines, tokens, steps=config.reader_steps, batch_size=config.reader_batch_size,

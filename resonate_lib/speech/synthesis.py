@@ -166,13 +166,22 @@ def like_lengths(lengths: Sequence[int], batch_size: int, generator: torch.Gener
     return drawn[first : first + batch_size]
 
 
+def blurred(ids: Tensor, codes: int, share: float, generator: torch.Generator) -> Tensor:
+    """ids (n, L) with a random share of the speech tokens replaced by any of `codes`; letters, attributes and the end stay."""
+    hit = (torch.rand(ids.shape, generator=generator) < share).to(ids.device) & (ids >= FIRST_TOKEN)
+    other = torch.randint(codes, ids.shape, generator=generator).to(ids.device) + FIRST_TOKEN
+    return torch.where(hit, other, ids)
+
+
 def fit_speaker(
     tokenizer: SpeechTokenizer, lines: Sequence[Line], tokens: Sequence[Tensor], *, steps: int, batch_size: int, seed: int,
-    shape: SpeakerShape = SpeakerShape(), learning_rate: float = 2e-3, checkpoint=None, precision: str = "auto",
-    device: str = "cpu",
+    shape: SpeakerShape = SpeakerShape(), learning_rate: float = 2e-3, history_noise: float = 0.0, checkpoint=None,
+    precision: str = "auto", device: str = "cpu",
 ) -> tuple[Speaker, list[dict]]:  # fmt: skip
     """The supervised start: cross-entropy of the tokens (n_i,) of natural speech of the lines; returns speaker and history.
 
+    history_noise: share of the tokens before that are `blurred`. A speaker that only ever saw right ones does not find back after
+    a token that it drew badly.
     History: loss in nats a token, right, the share of tokens that were the likeliest.
     """
     speaker = Speaker.new(tokenizer, shape, seed=seed)
@@ -185,7 +194,8 @@ def fit_speaker(
         batch = like_lengths(lengths, batch_size, generator)
         ids, mask = speaker.targets([tokens[k] for k in batch])
         with autocast(precision, device):
-            logits = token_policy.token_logits(model, speaker.prompts([lines[k] for k in batch]), ids)[mask].float()
+            before = blurred(ids, speaker.codes, history_noise, generator) if history_noise else ids
+            logits = token_policy.token_logits(model, speaker.prompts([lines[k] for k in batch]), before)[mask].float()
         loss = F.cross_entropy(logits, ids[mask])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
