@@ -153,12 +153,13 @@ def listen_page(
     base: str = BASE,
     seed: int = 0,
     question: str = PREFERENCE,
+    models: str = "",
 ) -> Path:
     """Write one self-contained page: a section per prompt, a player per system, and a blind test without a server.
 
     items: see the module's text. The blind test holds every other system against `base`, in an order drawn from
-    `seed`, and asks the `question` of that name in QUESTIONS; it is hidden when no item has both. The same input gives the
-    same bytes. Raises ValueError for no items, a broken item or another question.
+    `seed`, and asks the `question` of that name in QUESTIONS; it is hidden when no item has both. models: see `make_trials`. The
+    same input gives the same bytes. Raises ValueError for no items, a broken item or another question.
     """
     asked = _asked(question)
     if not items:
@@ -177,7 +178,7 @@ def listen_page(
         "question": question,
         "base": base,
         "items": [list(item["clips"]) for item in items],
-        "trials": make_trials(items, seed, base=base),
+        "trials": make_trials(items, seed, base=base, models=models),
     }
     fields = {
         "TITLE": html.escape(title),
@@ -202,10 +203,12 @@ def _asked(question: str) -> str:
     return QUESTIONS[question]
 
 
-def make_trials(items: Sequence[Mapping], seed: int, *, base: str = BASE) -> list[dict]:
+def make_trials(items: Sequence[Mapping], seed: int, *, base: str = BASE, models: str = "") -> list[dict]:
     """Trials of `base` against every other system of each item, order and sides drawn from the seed.
 
-    Each is a dict: trial (number), item (index), id, prompt, a, b (labels). Items without `base` give none.
+    Each is a dict: trial (number), item (index), id, prompt, a, b (labels), models. Items without `base` give none. models: what
+    tells the weights that made the clips from others (`Run.fingerprint`); the answers carry it, and those about other weights do
+    not count as answers to these trials.
     """
     rng = random.Random(seed)
     trials = []
@@ -214,7 +217,7 @@ def make_trials(items: Sequence[Mapping], seed: int, *, base: str = BASE) -> lis
             if other != base:
                 a, b = rng.sample([base, other], 2)
                 identity = str(item.get("id", index))
-                trials.append({"item": index, "id": identity, "prompt": item["prompt"], "a": a, "b": b})
+                trials.append({"item": index, "id": identity, "prompt": item["prompt"], "a": a, "b": b, "models": models})
     rng.shuffle(trials)
     return [{"trial": number, **trial} for number, trial in enumerate(trials)]
 
@@ -224,7 +227,7 @@ class BlindTest:
 
     Every answer is appended to `<folder>/<listener>.jsonl` at once. items, sample_rate: as in `listen_page`; trials: from
     `make_trials`; question: a name in QUESTIONS, which the answers carry. A listener who comes back goes on at the first trial
-    without an answer to this question in that file, so use one folder per run version.
+    without an answer to this question about these models in that file, so use one folder per run version.
     """
 
     def __init__(
@@ -236,8 +239,9 @@ class BlindTest:
         self.listener = listener
         self.path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_-]', '_', listener) or 'listener'}.jsonl"
         before = _read_answers(self.path) if self.path.exists() else []
-        answered = {answer["trial"] for answer in before if answer.get("question", PREFERENCE) == question}
-        self.open = [trial for trial in self.trials if trial["trial"] not in answered]
+        answered = {(answer["trial"], answer.get("models", "")) for answer in before
+                    if answer.get("question", PREFERENCE) == question}  # fmt: skip
+        self.open = [trial for trial in self.trials if (trial["trial"], trial.get("models", "")) not in answered]
         self._text, self._players = ipywidgets.HTML(), ipywidgets.HTML()
         choices = (("A", "A"), ("B", "B"), ("tie", "No difference"))
         self._buttons = [ipywidgets.Button(description=text) for _, text in choices]
@@ -257,7 +261,7 @@ class BlindTest:
             raise ValueError("all trials are answered: make new ones with another seed to go on")
         trial = self.open[0]
         preferred = {"A": trial["a"], "B": trial["b"], "tie": "tie"}[choice]
-        answer = {key: trial[key] for key in ("trial", "id", "prompt", "a", "b")}
+        answer = {key: trial[key] for key in ("trial", "id", "prompt", "a", "b", "models") if key in trial}
         answer |= {"choice": choice, "preferred": preferred, "question": self.question, "listener": self.listener}
         append_answer(self.path, answer | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
         self.open.pop(0)
@@ -299,12 +303,14 @@ def append_answer(path: str | os.PathLike, answer: Mapping) -> None:
         ) from None
 
 
-def load_answers(folder: str | os.PathLike) -> list[dict]:
-    """All answers of the *.jsonl files of a folder, from notebooks or downloaded; a line found twice counts once."""
+def load_answers(folder: str | os.PathLike, *, models: str | None = None) -> list[dict]:
+    """All answers of the *.jsonl files of a folder, from notebooks or downloaded; a line found twice counts once. models: only
+    those about these (`make_trials`); None: all."""
     answers = {}
     for path in sorted(Path(folder).glob("*.jsonl")):
         for answer in _read_answers(path):
-            answers[json.dumps(answer, sort_keys=True)] = answer
+            if models is None or answer.get("models", "") == models:
+                answers[json.dumps(answer, sort_keys=True)] = answer
     return list(answers.values())
 
 

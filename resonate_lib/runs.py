@@ -167,6 +167,11 @@ class Run:
         looked = ", ".join(dict.fromkeys(source for source, _ in places))
         raise ValueError(f"no {name!r} in {looked}: {first}, or give --from VERSION")
 
+    def fingerprint(self, *names: str) -> str:
+        """Eight hex digits that tell the weights of these checkpoints, of those that are there, from all others."""
+        found = {name: self.resolve_input(name, optional=True) for name in names}
+        return record.hash8({name: record.sha256_tree(path) for name, path in found.items() if path is not None})
+
     def _say_base_seed(self, folder: Path) -> None:
         """Say and note that the shipped base model is of another seed; not in the notebook that trains the seed's own."""
         facts = folder / "generator.json"

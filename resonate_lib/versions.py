@@ -189,7 +189,7 @@ def summarise(version: Path) -> list[str]:
     """Gather `seed*/metrics/*.csv` into `metrics/` at the version's top; returns the names written.
 
     Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n - 1), and a
-    column `seeds` counts them. An interval (`low` and `high` of `mean`, `x_low` and `x_high` of `x`) becomes Student's 95 %
+    column `seeds` counts them; what a seed lacks has no mean. An interval (`low` and `high` of `mean`, `x_low` and `x_high` of `x`) becomes Student's 95 %
     interval over the seeds, which tells nothing of other prompts; p values (`p`, `*_p`, `*_p_holm`) are left out, and so is
     an identifier that differs. Other tables are put one under another with a first column `seed`. Tables of single clips
     (a column `id`) stay with their seeds.
@@ -287,8 +287,8 @@ def _over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
         if name in agreed:
             continue
         column = pd.concat([data[name] for data in every], axis=1)
-        mean, deviation, count = column.mean(axis=1), column.std(axis=1, ddof=1), column.notna().sum(axis=1)
-        half = student.ppf(0.975, count.clip(lower=1) - 1) * deviation / count**0.5
+        mean, deviation = column.mean(axis=1, skipna=False), column.std(axis=1, ddof=1, skipna=False)  # of all seeds or of none
+        half = student.ppf(0.975, len(every) - 1) * deviation / len(every) ** 0.5
         stem = "" if name == "mean" else f"{name}_"
         ends = {f"{stem}low": mean - half, f"{stem}high": mean + half}
         new = {**(ends if set(ends) <= set(every[0]) else {}), f"{name}_std": deviation}

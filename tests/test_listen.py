@@ -181,6 +181,19 @@ def test_blind_test_appends_hides_the_names_and_goes_on(items, tmp_path):
     assert {answer["question"] for answer in answers} == {"preference"}
 
 
+def test_answers_about_other_weights_do_not_count(items, tmp_path):
+    old = listen.make_trials(items, 0, models="aaaa")
+    first = listen.BlindTest(items, old, tmp_path, sample_rate=RATE)
+    for choice in ("A", "B", "tie"):
+        first.choose(choice)
+    again = listen.BlindTest(items, old, tmp_path, sample_rate=RATE)
+    assert not again.open and len(listen.load_answers(tmp_path, models="aaaa")) == 3
+    tuned_anew = listen.BlindTest(items, listen.make_trials(items, 1, models="bbbb"), tmp_path, sample_rate=RATE)
+    assert len(tuned_anew.open) == 3 and listen.load_answers(tmp_path, models="bbbb") == []
+    page = listen.listen_page(tmp_path / "listen.html", items, "t", sample_rate=RATE, models="bbbb")
+    assert '"models": "bbbb"' in page.read_text() and len(listen.load_answers(tmp_path)) == 3
+
+
 def test_two_questions_share_a_file_and_not_their_answers(items, tmp_path):
     trials = listen.make_trials(items, 0)
     (tmp_path / "listener.jsonl").write_text(json.dumps({"trial": 1, "a": "base", "b": "DPO", "preferred": "DPO"}) + "\n")

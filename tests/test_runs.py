@@ -167,6 +167,16 @@ def test_inputs_come_from_this_run_then_from_then_shipped(run, tmp_path, monkeyp
     assert opened.resolve_input("dpo", optional=True) is None
 
 
+def test_a_fingerprint_tells_weights_and_leaves_out_what_is_missing(run):
+    folder = run.checkpoint("dpo")
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("one")
+    first = run.fingerprint("dpo", "no_such_model")
+    assert first == run.fingerprint("dpo") and len(first) == 8
+    (folder / "weights").write_text("two")
+    assert run.fingerprint("dpo") != first
+
+
 def test_from_scratch_uses_nothing_shipped(run, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "shipped_weights", lambda profile: tmp_path / "shipped")
     (tmp_path / "shipped" / "base").mkdir(parents=True)
@@ -211,6 +221,16 @@ def test_summary_over_seeds(tmp_path):
     assert list(table.columns) == ["model", "f1", "f1_std", "seeds"]
     assert list(table["f1"]) == [2.0, 3.0] and table["f1_std"][0] == pytest.approx(np.std([1, 3], ddof=1), rel=1e-5)
     assert list(pd.read_csv(tmp_path / "metrics" / "curve.csv")["seed"]) == [0, 1, 1]
+
+
+def test_what_only_some_seeds_have_has_no_mean(tmp_path):
+    for seed, clips in ((0, 300.0), (1, None), (2, 500.0)):
+        rows = [{"method": "PPO", "clips": clips, "reached": float(clips is not None)},
+                {"method": "NFT", "clips": 100.0, "reached": 1.0}]  # fmt: skip
+        runs.write_table(tmp_path / f"seed{seed}" / "metrics", "reach", rows)
+    versions.summarise(tmp_path)
+    table = pd.read_csv(tmp_path / "metrics" / "reach.csv")
+    assert np.isnan(table["clips"][0]) and table["clips"][1] == 100 and list(table["reached"].round(3)) == [0.667, 1.0]
 
 
 def test_summary_over_seeds_averages_neither_ends_nor_identifiers_nor_clips(tmp_path):

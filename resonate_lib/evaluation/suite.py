@@ -27,6 +27,7 @@ FOLDERS = {
     "DiffRO": "diffro",
     "NFT": "nft",
 }
+REWARDS = {"GRPO (CLAP)": "clap", "GRPO (LALM)": "lalm", "GRPO (LALM, fine)": "lalm_fine", "DiffRO": "lalm"}  # as rows are called
 BEST = "best guidance"
 EVENTS = ("exact", "event_f1")  # what the independent judge gives where events are known; else `worlds.measured`
 
@@ -34,7 +35,8 @@ EVENTS = ("exact", "event_f1")  # what the independent judge gives where events 
 def load_systems(run, names: Sequence[str] = tuple(FOLDERS)) -> tuple[dict[str, Generator], list[str]]:
     """Every system of `names` that this run (or --from, or the shipped weights) has, and the names of those it has not.
 
-    run: a runs.Run. The base is needed (ValueError says where to get it). All share the base's text encoder and codec.
+    run: a runs.Run. The base is needed (ValueError says where to get it). All share the base's text encoder and codec. One that
+    learned from another reward than its name says is told.
     """
     systems, missing = {report.BASE: run.generator("base")}, []
     for name in names:
@@ -45,6 +47,9 @@ def load_systems(run, names: Sequence[str] = tuple(FOLDERS)) -> tuple[dict[str, 
             missing.append(name)
             continue
         systems[name] = systems[report.BASE].with_network(folder)
+        reward = Generator.facts(folder).get("reward")
+        if name in REWARDS and reward not in (None, REWARDS[name]):
+            print(f"note: {name} learned from the reward {reward}, not from {REWARDS[name]}")
     return systems, missing
 
 
