@@ -189,10 +189,10 @@ def summarise(version: Path) -> list[str]:
     """Gather `seed*/metrics/*.csv` into `metrics/` at the version's top; returns the names written.
 
     Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n - 1), and a
-    column `seeds` counts them; what a seed lacks has no mean. An interval (`low` and `high` of `mean`, `x_low` and `x_high` of `x`) becomes Student's 95 %
-    interval over the seeds, which tells nothing of other prompts; p values (`p`, `*_p`, `*_p_holm`) are left out, and so is
-    an identifier that differs. Other tables are put one under another with a first column `seed`. Tables of single clips
-    (a column `id`) stay with their seeds.
+    column `seeds` counts them; what a seed lacks has no mean. An interval (`low` and `high` of `mean`, `x_low` and `x_high` of `x`)
+    becomes Student's 95 % interval over the seeds, which tells nothing of other prompts; p values (`p`, `*_p`, `*_p_holm`) are left
+    out, and so is an identifier that differs. Other tables are put one under another with a first column `seed`. Tables of single
+    clips (a column `id`) stay with their seeds.
     """
     from resonate_lib.runs import write_table
 
