@@ -325,7 +325,7 @@ def _summarise_methods(version: Path, n: int) -> None:
     table, names = efficiency.outcome(versions.read_rows(version, "ppo_rows"), clips=made, n=n)
     runs.write_table(version / "metrics", "ppo_table", table)
     judged = [name for name in names if name not in ("reward", "order")][:2]
-    shown = report.readable(table, ["reward", *judged])
+    shown = efficiency.shown(table, ["reward", *judged])
     record.atomic_write(version / "metrics" / "ppo_table.md", report.to_markdown(shown))
     title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds, {made} clips a method"
     for metric in ("reward", *judged[:1]):

@@ -40,7 +40,7 @@ HEARING = {  # who hears, besides the reward lines
     "04": ("clap_eval", "aesthetics"),  # the watch, as in 05
     "05": ("clap", "lalm", "clap_eval", "lalm_eval", "aesthetics"),
     "06": ("clap", "clap_eval", "lalm_eval", "aesthetics", "msclap"),
-    "08": ("clap", "clap_eval", "aesthetics"),
+    "08": ("clap", "clap_eval", "aesthetics", "msclap"),
 }
 SCORERS = {"clap": "clap", "lalm": "qwen25_omni", "clap_eval": "clap", "lalm_eval": "qwen3_omni", "aesthetics": "aesthetics",
            "msclap": "msclap"}  # fmt: skip

@@ -44,51 +44,57 @@ def test_what_cannot_be_equal_is_an_error(config, clips):
 
 
 # ---------------------------------------------------------------------------------------- clips and seconds
+@pytest.mark.parametrize(
+    ("config", "clips"),
+    [
+        (GRPOConfig(prompts_per_step=4, group_size=3), [12, 24, 36, 48]),
+        (DPOConfig(pairs=10), [20, 20, 20, 20]),
+        (DPOConfig(pairs=10, fresh_every=2, steps=4), [20, 20, 40, 40]),
+    ],
+)
+def test_clips_by_a_step(config, clips):
+    assert [efficiency.clips_by(config, i) for i in range(4)] == clips
+
+
 def test_the_clock_counts_rounds_and_not_pauses(monkeypatch, tmp_path):
-    now = [100.0]
+    now, state = [100.0], tmp_path / "state.pt"
     monkeypatch.setattr(efficiency, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    clock = efficiency.Clock(tmp_path / "none.pt")
-    for i, passed in enumerate((5.0, 7.0)):
+    clock = efficiency.Clock(state)
+    for i, passed in enumerate((5.0, 7.0, 9.0)):
         now[0] += passed
         with clock.paused():
             now[0] += 1000
+        efficiency.Unpaid(lambda rollouts: now.__setitem__(0, now[0] + rollouts), clock)(500)
         clock(i, {})
-    assert clock.seconds(2) == [5.0, 12.0]
-    training.save_state(tmp_path / "state.pt", {}, [{"step": 0}, {"step": 1}], 2, 30.0)
-    resumed = efficiency.Clock(tmp_path / "state.pt")
-    now[0] += 4
+    assert clock.at == [5.0, 12.0, 21.0]
+    training.save_state(state, {}, [{"step": 0}, {"step": 1}], 2, 30.0)  # killed in the third round, after it was timed
+    resumed = efficiency.Clock(state)
+    now[0] += 400  # what is made again, and the round
     resumed(2, {})
-    assert resumed.seconds(3) == [15.0, 30.0, 34.0]
-    assert efficiency.Clock(tmp_path / "state.pt").seconds(2) == [15.0, 30.0]  # all of it was done before
+    now[0] += 3
+    resumed(3, {})
+    assert resumed.at == [5.0, 12.0, 18.0, 21.0]  # the round after the interruption counts 6, as those before it on average
+    assert efficiency.Clock(state).at == [5.0, 12.0] and efficiency.Clock().at == []
 
 
-def history_of(means, **more):
-    return [{"step": i, "reward_mean": mean, "reward_std": 0.5, **more} for i, mean in enumerate(means)]
+def test_a_watch_that_is_not_paid_keeps_its_state():
+    watch = SimpleNamespace(state_dict=lambda: {"rows": [1]}, load_state_dict=None)
+    assert efficiency.Unpaid(watch, efficiency.Clock()).state_dict() == {"rows": [1]}
 
 
-def test_a_curve_has_clips_seconds_gain_and_what_was_watched():
-    config = GRPOConfig(prompts_per_step=4, group_size=3, guidance_scales=(1.0,))
-    history = history_of([0.2, 0.45, 0.7], watch_exact=0.5, loss=1.0)
-    curve = efficiency.learning_curve(history, config, [2.0, 4.0, 6.5])
-    assert [row["clips"] for row in curve] == [12, 24, 36] and [row["seconds"] for row in curve] == [2.0, 4.0, 6.5]
-    assert [row["gain"] for row in curve] == pytest.approx([0, 0.5, 1.0])
-    assert curve[0].keys() == {"clips", "seconds", "gain", "watch_exact"}
+def test_a_curve_has_clips_seconds_gain_and_what_the_probe_heard():
+    start = {"probe_mean": 1.0, "probe_std": 0.5, "probe_exact": 0.1}
+    history = [{"step": 0, "loss": 3.0}, {"step": 1, "probe_mean": 1.25, "probe_std": 0.2, "probe_exact": 0.2}]
+    history += [{"step": 2, "probe_mean": 1.75, "probe_std": 0.2, "probe_exact": 0.4}]
+    curve = efficiency.learning_curve(history, GRPOConfig(prompts_per_step=4, group_size=3), [5.0, 6.0, 7.0], start)
+    assert [(row["clips"], row["seconds"]) for row in curve] == [(0, 0.0), (24, 6.0), (36, 7.0)]
+    assert [row["gain"] for row in curve] == pytest.approx([0, 0.5, 1.5]) and curve[1]["probe_exact"] == 0.2
 
 
-def test_a_curve_of_dpo_has_made_all_clips_before_it_learns():
-    start = {"reward_mean": 1.0, "reward_std": 0.5, "watch_exact": 0.1}
-    history = [{"step": 0}, {"step": 1, "reward_mean": 1.25, "watch_exact": 0.2}, {"step": 2, "reward_mean": 1.75}]
-    curve = efficiency.learning_curve(history, DPOConfig(pairs=10), [5.0, 6.0, 7.0], start=start)
-    assert [(row["clips"], row["seconds"]) for row in curve] == [(0, 0.0), (20, 6.0), (20, 7.0)]
-    assert [row["gain"] for row in curve] == pytest.approx([0, 0.5, 1.5]) and curve[1]["watch_exact"] == 0.2
-
-
-def test_reached_asks_for_whole_windows():
+def test_reached_is_where_a_gain_stays():
     curve = [{"gain": gain, "clips": 10 * i} for i, gain in enumerate([0.0, 3.0, 0.5, 0.9, 1.3, 1.0])]
-    assert efficiency.reached(curve)["clips"] == 10
-    assert efficiency.reached(curve, smooth=2)["clips"] == 10  # (0 + 3) / 2
-    assert efficiency.reached(curve, smooth=3)["clips"] == 20  # (0 + 3 + 0.5) / 3; no window is shorter
-    assert efficiency.reached(curve, gain=2.0, smooth=2) is None and efficiency.reached(curve[:1], smooth=2) is None
+    assert efficiency.reached(curve, 0.5)["clips"] == 10 and efficiency.reached(curve, 1.0)["clips"] == 40
+    assert efficiency.reached(curve, 2.0) is None and efficiency.reached(curve[:2], 2.0)["clips"] == 10  # the last look of all
 
 
 def test_a_probe_looks_without_touching_the_training():
@@ -99,16 +105,18 @@ def test_a_probe_looks_without_touching_the_training():
 
     def watch(rollouts):
         heard.append(len(rollouts.rewards))
-        return {"watch_exact": float(len(heard)), "alarm": "exact"}
+        return {"watch_exact": float(len(heard)), "watch_prompts": 2, "alarm": "exact"}
 
-    probe = efficiency.Probe(probed, toy_reward, RECORDS[:2], config, clock, seed=1, looks=2, group_size=3, watch=watch)
+    settings = {"num_steps": 2, "guidance_scale": 1.0, "decode_iterations": 2, "precision": "float32"}
+    settings |= {"steps": 5, "looks": 2, "group_size": 3, "seed": 1}
+    probe = efficiency.Probe(probed, toy_reward, RECORDS[:2], clock, watch=watch, **settings)
     after = dpo.train(probed, toy_reward, RECORDS, config, seed=3, callback=probe)
     assert torch.equal(weights(plain.network), weights(probed.network))
-    looks = [row["step"] for row in after if "reward_mean" in row]
-    assert looks == [1, 3, 4] and heard == [6] * 4 and not any("alarm" in row for row in after)
-    assert probe.start["watch_exact"] == 1.0 and after[-1]["watch_exact"] == 4.0
+    looks = [row["step"] for row in after if "probe_mean" in row]
+    assert looks == [1, 3, 4] and heard == [6] * 4 and not any("alarm" in row or "probe_prompts" in row for row in after)
+    assert probe.start["probe_exact"] == 1.0 and after[-1]["probe_exact"] == 4.0
     assert all(row[key] == value for row, old in zip(after, before, strict=True) for key, value in old.items())
-    assert probe.start["reward_mean"] != after[1]["reward_mean"] != after[4]["reward_mean"] and len(clock.seconds(5)) == 5
+    assert probe.start["probe_mean"] != after[1]["probe_mean"] != after[4]["probe_mean"] and len(clock.at) == 5
 
 
 # ---------------------------------------------------------------------------------------- where the reward is fooled
@@ -170,7 +178,10 @@ def test_the_methods_over_seeds_are_compared_on_all_rows(tmp_path):
     assert table.loc["PPO", ["seeds", "clips", "clips_made"]].tolist() == [2, 40, 480] and table["reward_t_low"].notna().sum() == 4
     deviation = both.loc[both["system"] == "flow base", "reward"].std(ddof=0)
     assert table.loc["DPO", "reward_gain_deviations"] == pytest.approx(table.loc["DPO", "reward_gain"] / deviation, abs=1e-5)
-    assert "PPO" in (tmp_path / "metrics" / "ppo_table.md").read_text()
+    low = table["reward_gain_low"] / table["reward_gain"] * table["reward_gain_deviations"]
+    assert table["reward_gain_deviations_low"]["DPO"] == pytest.approx(low["DPO"], abs=1e-4)
+    text = (tmp_path / "metrics" / "ppo_table.md").read_text()
+    assert "PPO" in text and "over" in text and f"{table.loc['PPO', 'reward_gain_deviations']:+.2f} [" in text
     assert (tmp_path / "figures" / "ppo_gains_reward.png").is_file()
 
 

@@ -7,17 +7,19 @@ Times never go into metrics (they differ between equal runs): curves hold them f
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from resonate_lib import online, training
+from resonate_lib import online, record, training
 from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig
-from resonate_lib.evaluation import measures, metrics, report, suite
+from resonate_lib.evaluation import measures, report, suite
 
 Trained = DPOConfig | GRPOConfig | NFTConfig | PPOConfig
 BASES = {"PPO": "diffusion base", "GRPO": "flow base", "NFT": "flow base", "DPO": "flow base"}  # what each was tuned from
@@ -61,18 +63,37 @@ def at_clips(config: Trained, clips: int) -> Trained:
 # ---- learning against clips and seconds ------------------------------------------------------------
 
 
+def clips_by(config: Trained, step: int) -> int:
+    """How many clips a training has generated once its step or round (from 0) is done. DPO makes a set of pairs before the first
+    step, and with fresh_every another one before every so manieth."""
+    if isinstance(config, DPOConfig):
+        return 2 * config.pairs * (step // config.fresh_every + 1 if config.fresh_every else 1)
+    return (step + 1) * config.prompts_per_step * config.group_size
+
+
 class Clock:
     """Callback of a training: how many seconds had passed, from its making on, when each round was done.
 
-    state: the file that a resumed training goes on from; what its rounds took before counts, shared evenly among them.
+    state: the file that a resumed training goes on from; beside it the clock keeps its own times (`<state>.clock.json`). What a
+    resumed training does again before its first round (DPO makes its pairs anew) does not count twice: that round counts as long as
+    the mean of those before it.
     """
 
     def __init__(self, state=None):
-        self.before, self.out, self.began = training.seconds_done(state), 0.0, time.monotonic()
-        self.at: dict[int, float] = {}
+        self.path = None if state is None else Path(f"{state}.clock.json")
+        done = len(training.history_done(state) or ())
+        known = json.loads(self.path.read_text()) if done and self.path.is_file() else []
+        self.at, self.resumed = known[:done], bool(known[:done])
+        self.out, self.began = 0.0, time.monotonic()
 
     def __call__(self, i: int, metrics: dict) -> None:
-        self.at[i] = self.before + time.monotonic() - self.began - self.out
+        passed = time.monotonic() - self.began - self.out
+        if self.resumed:  # from here on the clock runs as if it had never stood
+            self.out += passed - self.at[-1] * (1 + 1 / len(self.at))
+            passed, self.resumed = self.at[-1] * (1 + 1 / len(self.at)), False
+        self.at = [*self.at[:i], passed]
+        if self.path is not None:
+            record.atomic_write(self.path, json.dumps(self.at))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -81,38 +102,49 @@ class Clock:
         yield
         self.out += time.monotonic() - began
 
-    def seconds(self, rounds: int) -> list[float]:
-        """After each of so many rounds."""
-        first = min(self.at, default=rounds)
-        return [self.at[i] if i in self.at else self.before * (i + 1) / first for i in range(rounds)]
+
+class Unpaid:
+    """A watch whose hearing takes no time of the clock, and is otherwise itself."""
+
+    def __init__(self, watch, clock: Clock):
+        self.watch, self.clock = watch, clock
+
+    def __call__(self, rollouts):
+        with self.clock.paused():
+            return self.watch(rollouts)
+
+    def __getattr__(self, name: str):
+        return getattr(self.watch, name)
 
 
 class Probe:
-    """Callback of a training whose steps make no clips (DPO): now and then it lets the network make some, for a few fixed prompts
-    and noises, and adds what the reward and a watch say of them to that step's metrics. Nothing is learned from these clips.
+    """Callback of a training: now and then it lets the network make clips for a few fixed prompts from fixed noises, by the
+    deterministic sampler, and adds what the reward (probe_mean, probe_std) and a watch (probe_<measure>) say of them to that step's
+    metrics. Nothing is learned from these clips, and the `clock`, which it drives, stands still meanwhile.
 
-    start: the same of the untrained network. The `clock` stands still meanwhile, and counts the steps.
+    So all trainings are read alike, whatever they sample and however they explore. generator: the one that is trained; steps: how
+    many its training has; start: what a probe of the untrained network says.
     """
 
-    def __init__(self, generator, reward, records: Sequence[dict], config: DPOConfig, clock: Clock, *, seed: int = 0,
-                 looks: int = 8, group_size: int = 4, watch: Callable | None = None):  # fmt: skip
-        self.collect = lambda: online.collect(
-            generator, generator.network, reward, list(records), group_size=group_size, steps=config.num_steps,
-            guidance_scale=config.guidance_scale, seed=seed, decode_iterations=config.decode_iterations,
-            precision=config.precision, sample_batch=config.sample_batch, unnormalise=config.unnormalise,
-        )  # fmt: skip
-        self.watch, self.clock, self.steps = watch, clock, config.steps
-        self.every = max(1, config.steps // looks)
+    def __init__(self, generator, reward, records: Sequence[dict], clock: Clock, *, steps: int, seed: int = 0, looks: int = 10,
+                 group_size: int = 2, watch: Callable | None = None, **settings):  # fmt: skip
+        """settings: of `online.collect`, how clips are made (steps of the sampler as `num_steps`)."""
+        settings["steps"] = settings.pop("num_steps")
+        self.collect = lambda: online.collect(generator, generator.network, reward, list(records), group_size=group_size, seed=seed,
+                                              **settings)  # fmt: skip
+        self.watch, self.clock, self.steps = watch, clock, steps
+        self.every = max(1, steps // looks)
         with clock.paused():
             self.start = self.look()
 
     def look(self) -> dict[str, float]:
-        """`online.reward_metrics` and the watch's measures of the clips that the network makes now."""
+        """The probe's numbers of the clips that the network makes now."""
         with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             rollouts = self.collect()
             told = {} if self.watch is None else self.watch(rollouts)
-        # an alarm compares rounds of one training from its start, which a resumed one no longer has
-        return online.reward_metrics(rollouts) | {name: value for name, value in told.items() if name != "alarm"}
+        found = {"probe_mean": rollouts.rewards.mean().item(), "probe_std": rollouts.rewards.std(correction=0).item()}
+        told = {name.replace("watch_", "probe_"): value for name, value in told.items() if name not in ("alarm", "watch_prompts")}
+        return found | told
 
     def __call__(self, i: int, metrics: dict) -> None:
         self.clock(i, metrics)
@@ -121,33 +153,22 @@ class Probe:
                 metrics.update(self.look())
 
 
-def learning_curve(
-    history: Sequence[Mapping], config: Trained, seconds: Sequence[float], *, start: Mapping | None = None
-) -> list[dict]:
-    """Rows of `clips` generated, `seconds` passed and `gain` of the reward (`online.gains`), and of what a watch noted.
-
-    Of an online training a row a round. Of DPO (start: `Probe.start`) the start at 0 clips, then a row for each look at all of its
-    clips, since they are made before anything is learned, and a gain in deviations of the clips at the start.
-    """
-    if start is None:
-        turns = len(config.guidance_scales)
-        rows = online.gains(list(history), config.prompts_per_step * config.group_size, turns=turns)
-        return [row | {"seconds": s} | _watched(line) for row, line, s in zip(rows, history, seconds, strict=True)]
-    looks = [(line, clips_made(config), s) for line, s in zip(history, seconds, strict=True) if "reward_mean" in line]
-    mean, deviation = start["reward_mean"], start["reward_std"] + 1e-8
-    return [{"clips": clips, "gain": (line["reward_mean"] - mean) / deviation, "seconds": s} | _watched(line)
-            for line, clips, s in [(start, 0, 0.0), *looks]]  # fmt: skip
+def learning_curve(history: Sequence[Mapping], config: Trained, seconds: Sequence[float], start: Mapping) -> list[dict]:
+    """A row for the start (`Probe.start`) and for each look of the probe: `clips` generated and `seconds` passed by then, `gain` of
+    the reward over the start in deviations of the clips at the start, and what the probe's watch noted."""
+    mean, deviation = start["probe_mean"], start["probe_std"] + 1e-8
+    looks = [(row, clips_by(config, row["step"]), s) for row, s in zip(history, seconds, strict=True) if "probe_mean" in row]
+    return [{"clips": clips, "gain": (row["probe_mean"] - mean) / deviation, "seconds": s}
+            | {name: value for name, value in row.items() if name.startswith("probe_")}
+            for row, clips, s in [(start, 0, 0.0), *looks]]  # fmt: skip
 
 
-def _watched(line: Mapping) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name.startswith("watch_")}
-
-
-def reached(curve: Sequence[Mapping], *, gain: float = 1.0, smooth: int = 1) -> Mapping | None:
-    """The first row of a curve at which the mean gain of the last `smooth` rows, no fewer, is `gain` or more; None without one."""
-    means = pd.Series([row["gain"] for row in curve]).rolling(smooth, min_periods=smooth).mean()
-    found = np.flatnonzero(means >= gain)
-    return curve[found[0]] if len(found) else None
+def reached(curve: Sequence[Mapping], gain: float) -> Mapping | None:
+    """The first row of a curve whose gain and the next one's (where there is one) are `gain` or more: one lucky look is not enough
+    but at the end. None without one."""
+    gains = [row["gain"] for row in curve]
+    return next((row for row, here, then in zip(curve, gains, [*gains[1:], float("inf")], strict=True)
+                 if here >= gain and then >= gain), None)  # fmt: skip
 
 
 # ---- where the reward is fooled ------------------------------------------------------------
@@ -194,12 +215,25 @@ def own_base_table(rows: pd.DataFrame, bases: Mapping[str, str], *, names: Seque
 
 
 def outcome(rows: pd.DataFrame, *, clips: int, n: int = 2000) -> tuple[pd.DataFrame, list[str]]:
-    """`own_base_table` of notebook 08's rows, of one seed or several, with `reward_gain_deviations`, the reward's gain over the
-    deviation of the own base's clips, and clips_made by each training; and the names of the metrics that the rows hold."""
-    names = [name for name in (*metrics.HEADLINE, "PQ") if suite.measured(rows, name)]
+    """`own_base_table` of notebook 08's rows, of one seed or several, with `reward_gain_deviations` (and _low, _high), the reward's
+    gain and its interval over the deviation of the own base's clips, and clips_made by each training; and the names of the metrics
+    that the rows hold, the judge of what was asked first."""
+    order = ("exact", "event_f1", "order", "reward", "ms_clap", "aqa", "clap", "PQ")
+    names = [name for name in order if suite.measured(rows, name)]
     table = own_base_table(rows, BASES, names=names, n=n)
     spread = rows.groupby("system")["reward"].std(ddof=0)
-    gains = zip(table["reward_gain"], table["base"], table["system"], strict=True)
-    table["reward_gain_deviations"] = [gain / spread[base or system] for gain, base, system in gains]
+    own = np.array([spread[base or system] for base, system in zip(table["base"], table["system"], strict=True)])
+    for end in ("", "_low", "_high"):
+        table[f"reward_gain_deviations{end}"] = table[f"reward_gain{end}"] / own
     table["clips_made"] = [clips if system in BASES else 0 for system in table["system"]]
     return table, names
+
+
+def shown(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """`outcome`'s table as text for the eye: `report.readable` of the metrics `names`, what each system is compared with (`over`),
+    and the reward's gain in deviations."""
+    made = report.readable(table, names).drop(columns="setting")
+    made.insert(1, "over", table["base"])
+    columns = [table[f"reward_gain_deviations{end}"].astype(float) for end in ("", "_low", "_high")]
+    texts = ["" if np.isnan(gain) else f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]" for gain, low, high in zip(*columns, strict=True)]
+    return made.assign(**{"reward gain in deviations": texts})
