@@ -19,6 +19,31 @@ from torch import Tensor, nn
 Part = nn.Module | torch.optim.Optimizer | Sequence | Callable[[], Any] | object
 
 
+class Timeline(list):
+    """The rows of a `Turns.timeline`, to be kept in a training's state: a resumed training goes on from those of the first."""
+
+    def state_dict(self) -> dict[str, list]:
+        return {"rows": list(self)}
+
+    def load_state_dict(self, state: Mapping[str, list]) -> None:
+        self[:] = state["rows"]
+
+
+@contextlib.contextmanager
+def aside(*modules: nn.Module) -> Iterator[None]:
+    """Within the block the modules lie on the CPU, after it where they were: for what nobody asks while another is trained."""
+    places = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        module.to("cpu")
+    if any(place.type == "cuda" for place in places):
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        for module, place in zip(modules, places, strict=True):
+            module.to(place)
+
+
 class Turns:
     """Parts that take turns on `device`, and the curve of the bytes that lie there.
 
@@ -77,6 +102,14 @@ class Turns:
             self._sizes[name] = resident_bytes(self._here[name])
         row = self.timeline[-1]
         row["resident"], row["everything"] = max(row["resident"], self.resident), max(row["everything"], self.everything)
+
+    def end(self, *names: str) -> None:
+        """After the last turn: of all parts the named ones lie on the device. No row tells of it; the timeline is of the turns."""
+        for name in self._here.keys() - set(names):
+            _move(self._here[name], "cpu")
+        for name in names:
+            _move(self.parts[name], self.device)
+        self._here.clear()
 
     def release(self) -> None:
         """Take every part off the device; what a function loaded is forgotten."""
@@ -173,8 +206,10 @@ def _move(part: Any, device: str | torch.device) -> Any:
         if isinstance(member, nn.Module):
             member.to(device)
         else:
+            # steps are counted on the CPU, except by the kernels of fused or capturable Adam: those want them beside the moments
+            counted = any(group.get("fused") or group.get("capturable") for group in member.param_groups)
             for state in member.state.values():
                 for key, value in state.items():
-                    if torch.is_tensor(value) and value.dim():  # step counts stay on the CPU, as Adam keeps them
+                    if torch.is_tensor(value) and (value.dim() or counted):
                         state[key] = value.to(device)
     return part

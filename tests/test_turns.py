@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from resonate_lib.turns import Turns, memory_curve, resident_bytes
+from resonate_lib.turns import Timeline, Turns, aside, memory_curve, resident_bytes
 
 SIZES = {"encoder": 3000, "rollout": 5000, "reward": 4000, "policy": 6000}  # weights of four bytes
 
@@ -97,6 +97,45 @@ def test_moments_follow_their_weights_and_learning_goes_on():
         with turns.take("reward"):
             assert shared.weight.device.type == "cpu"
     torch.testing.assert_close(lone.weight, shared.weight)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_moments_of_a_resumed_optimizer_lie_where_its_kernels_want_them(fused):
+    """A state is read while all lies on the CPU; on the device fused Adam counts its steps beside the moments."""
+    first, again = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.1, fused=fused) for one in (first, again)]
+    first(torch.ones(1, 3)).sum().backward()
+    optimizers[0].step()
+    turns = Turns({"policy": again, "optimizer": optimizers[1]}, "meta")
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    with turns.take("policy", "optimizer"):
+        for state in optimizers[1].state.values():
+            assert {name: value.device.type for name, value in state.items()} == {
+                "step": "meta" if fused else "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"
+            }  # fmt: skip
+
+
+def test_the_end_moves_parts_without_a_row_and_a_timeline_goes_into_a_state():
+    made, timeline = parts(), Timeline()
+    turns = Turns(made, "meta", timeline)
+    with turns.take("encoder", "policy"):
+        pass
+    rows = list(timeline)
+    turns.end("policy", "reward")
+    assert {name: one.places[-1] for name, one in made.items()} == {
+        "encoder": "cpu", "rollout": "cpu", "reward": "meta", "policy": "meta"
+    }  # fmt: skip
+    resumed = Timeline([{"part": "other"}])
+    resumed.load_state_dict(timeline.state_dict())
+    assert timeline == rows == resumed and len(rows) == 2 and turns.resident == 0
+
+
+def test_what_steps_aside_comes_back_to_where_it_was():
+    there, here = Listed(3), Listed(4)
+    with pytest.raises(KeyboardInterrupt), aside(there, here):
+        assert there.places == here.places == ["cpu"]
+        raise KeyboardInterrupt
+    assert there.places == here.places == ["cpu", str(there.weight.device)]
 
 
 class Judge:
