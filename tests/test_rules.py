@@ -112,6 +112,9 @@ def test_format_reward_of_anything_else(text):
     ("Room 342", "room three hundred forty two"), ("set it to 25%", "set it to twenty five percent"),
     ("What is 12 + 40?", "what is twelve plus forty"), ("twenty-five", "twenty five"), ("0 and 100", "zero and one hundred"),
     ("at 7:30", "at seven thirty"), ("", ""), ("...", ""), ("Don't", "dont"), ("5, 5, 2", "five five two"),
+    ("It is $300!", "it is three hundred dollars"), ("$ 5,529", "five five two nine dollars"), ("20° now", "twenty degrees now"),
+    ("5,529", "five five two nine"), ("1,234,567 and 1,23", "one two three four five six seven and one twenty three"),
+    ("2 + 2 = 4", "two plus two four"), ("$ and € ~ now", "and now"),
 ])  # fmt: skip
 def test_spoken(written, said):
     assert rules.spoken(written) == said

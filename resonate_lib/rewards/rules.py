@@ -27,12 +27,17 @@ def words(text: str) -> list[str]:
 def spoken(text: str) -> str:
     """The text as words alone, numbers as they are said: "Dial 5529, 25%!" -> "dial five five two nine twenty five percent".
 
-    Up to three digits in a row are a number; more, also in groups with hyphens (555-1234), are said digit by digit. Hyphens between
-    words are blanks, % is percent, + plus. Words that are spelled out stay, so a text that is words already does not change.
+    Up to three digits in a row are a number; more, also in groups with hyphens (555-1234) or with a thousands' comma (5,529), are
+    said digit by digit. Hyphens between words are blanks, % is percent, + plus, ° degrees, $300 three hundred dollars; other
+    symbols are left out. Words that are spelled out stay, so a text that is words already does not change.
     """
-    text = re.sub(r"(?<=\d)[-\u2010-\u2013](?=\d)", "", text)
+    text = re.sub(r"(?<=\d)[-\u2010-\u2013](?=\d)|(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
+    text = re.sub(r"\$ ?([0-9]+(?:\.[0-9]+)?)", r"\1 dollars", text)
     text = re.sub(r"[0-9]+", lambda run: f" {_say_digits(run[0])} ", text)
-    return " ".join(words(re.sub(r"[-\u2010-\u2014:/]", " ", text.replace("%", " percent ").replace("+", " plus "))))
+    for sign, said in (("%", " percent "), ("+", " plus "), ("\u00b0", " degrees ")):
+        text = text.replace(sign, said)
+    text = "".join(" " if unicodedata.category(c).startswith("S") else c for c in text)
+    return " ".join(words(re.sub(r"[-\u2010-\u2014:/]", " ", text)))
 
 
 def _say_digits(run: str) -> str:
