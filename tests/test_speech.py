@@ -236,14 +236,31 @@ def librispeech(tmp_path):
 
 def test_librispeech_folders_are_read_as_a_corpus(librispeech):
     root, waves = librispeech
-    corpus = open_speech(SpeechConfig(speech_folder=str(root)), "train", seed=0, cache=root)
+    corpus = speech_folder.read_folder(root, "train", longest=10)
     assert [u.id for u in corpus.utterances] == ["19-198-0000", "19-198-0001", "26-495-0000"]
     assert corpus.texts == ["call anna", "don't stop", "open the door"] and corpus.utterances[2].voice == "26"
     assert corpus.seconds().tolist() == [0.5, 1.0, 0.5]
     batch = corpus.select([1, 2]).waveforms([0, 1], 1.0)
     torch.testing.assert_close(batch[0], waves["19-198-0001"], atol=1e-4, rtol=0)
     assert speech_folder.read_folder(root / "test-clean", "test", longest=10).texts == ["a zebra"]
-    assert len(open_speech(SpeechConfig(speech_folder=str(root)), "train", seed=0, cache=root, count=2)) == 2
+
+
+def test_recordings_are_cut_by_one_order_from_both_ends(librispeech, monkeypatch):
+    root, _ = librispeech
+    ids = [f"{speaker}-1-{k:04d}" for speaker in (1, 2, 3) for k in range(20)]
+    clips = [np.zeros(100, np.int16)] * len(ids)
+    drawn = [speech.Utterance(name, "a", "recording", 0, "", 0, 0, (), None, 0) for name in ids]
+    monkeypatch.setattr(speech_folder, "read_folder", lambda *a, **k: SpeechCorpus(clips, drawn))
+    config = SpeechConfig(speech_folder=str(root))
+
+    def named(seed=0, **options):
+        return [one.id for one in open_speech(config, "train", seed=seed, cache=root, **options).utterances]
+
+    everything = named()
+    assert sorted(everything) == ids != everything and named(seed=5) == everything
+    assert named(count=40) == everything[:40] and named(count=25, last=True) == everything[-25:]
+    assert len({name[0] for name in named(count=12)}) == 3  # by name they would be one speaker's
+    assert named(count=100) == named(count=100, last=True) == everything
 
 
 def test_long_recordings_are_left_out_and_counted(librispeech, capsys):

@@ -34,6 +34,7 @@ KINDS = {"command": 0.28, "number": 0.2, "name": 0.16, "rare": 0.16, "long": 0.1
 RATES = ((130, 160), (140, 180), (150, 200), (160, 220))  # words per minute by level
 NOISE = (None, (20, 30), (10, 20), (5, 12))  # dB that the voice is above the noise, by level; None: clean
 LONGEST = 10.0  # seconds: no utterance is longer
+ORDER_SEED = 500  # of recordings: their names would put one speaker's together
 EDITION = 1  # of what is drawn and how it sounds: a corpus in the cache of another edition is not used
 
 
@@ -171,18 +172,22 @@ class SpeechCorpus:
 
 
 def open_speech(
-    config: SpeechConfig, split: str, *, seed: int, cache, count: int | None = None, kinds: Sequence[str] | None = None
-) -> SpeechCorpus:
+    config: SpeechConfig, split: str, *, seed: int, cache, count: int | None = None, kinds: Sequence[str] | None = None,
+    last: bool = False,
+) -> SpeechCorpus:  # fmt: skip
     """The split's corpus: recordings of `config.speech_folder`, or utterances spoken once into `cache`/speech and read from there.
 
-    count, kinds: other than the configuration's and all, as for a test of silences alone; recordings are all of one kind.
+    count, kinds: other than the configuration's and all, as for a test of silences alone. Of recordings, which are all of one
+    kind, None are all; they come in an order that one seed draws for good, of which these are the first or, with `last`, the last.
     Errors as in `draw_utterances`, `speak` and `speech_folder.read_folder`.
     """
     if config.speech_folder:
         from resonate_lib.data import speech_folder  # which builds on this file
 
         corpus = speech_folder.read_folder(config.speech_folder, split, longest=config.longest)
-        return corpus.select(range(min(len(corpus), count or len(corpus))))
+        order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
+        size = min(len(order), len(order) if count is None else count)
+        return corpus.select(order[len(order) - size :] if last else order[:size])
     count = getattr(config, f"{split}_utterances") if count is None else count
     utterances = draw_utterances(count, split=split, seed=seed, kinds=kinds)
     told = json.dumps([EDITION, [utterance.as_dict() for utterance in utterances]], sort_keys=True)

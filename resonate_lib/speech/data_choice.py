@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,8 +38,29 @@ def silences(count: int, split: str, *, seed: int) -> SpeechCorpus:
 
 def open_pool(config, speech, *, seed: int, cache):
     """The training utterances that a choice is made from, of all kinds: none of the supervised start's sounds, and no sentence of
-    the test. config: a RecognitionConfig, speech: a SpeechConfig."""
-    return open_speech(speech, "train", seed=POOL_SEED + seed, cache=cache, count=config.probe_utterances)
+    the test. config: a RecognitionConfig, speech: a SpeechConfig.
+
+    Of recordings these are the last of their order, the longest third of which count as long, and SILENT_SHARE of silences made
+    here; the same recordings for every seed.
+    """
+    options, count = {"seed": POOL_SEED + seed, "cache": cache}, config.probe_utterances
+    if not speech.speech_folder:
+        return open_speech(speech, "train", count=count, **options)
+    quiet = silences(round(SILENT_SHARE * count), "train", seed=POOL_SEED + seed)
+    found = open_speech(speech, "train", count=count - len(quiet), last=True, **options)
+    order = sorted(range(len(found)), key=lambda place: len(found.audio[place]), reverse=True)
+    longest = {place for place in order[: round(LONG_SHARE * len(found))] if found.utterances[place].kind == "recording"}
+    told = [replace(one, kind="long") if place in longest else one for place, one in enumerate(found.utterances)]
+    return SpeechCorpus([*found.audio, *quiet.audio], [*told, *quiet.utterances], found.sample_rate)
+
+
+def left_by_the_pool(count: int, pool: int) -> range:
+    """The places, of `count` recordings in their order, that a pool of the last `pool` leaves to the supervised start. ValueError
+    where it leaves none."""
+    if count <= pool:
+        raise ValueError(f"speech_folder holds {count} recordings for training, of which the choice of data takes "
+                         f"probe_utterances={pool}: none are left for a start trained here; add some, or lower it")
+    return range(count - pool)
 
 
 def open_tests(config, speech, *, cache) -> dict:

@@ -77,7 +77,7 @@ def ctc_loss(logits: Tensor, lengths: Tensor, texts: Sequence[str]) -> Tensor:
     targets = [letters_of(text) for text in texts]
     flat, sizes = torch.tensor([one for target in targets for one in target]), torch.tensor([len(target) for target in targets])
     log_p = logits.float().log_softmax(-1).transpose(0, 1)
-    loss = F.ctc_loss(log_p, flat, lengths.cpu(), sizes, reduction="sum", zero_infinity=True)
+    loss = F.ctc_loss(log_p, flat.to(logits.device), lengths.cpu(), sizes, reduction="sum", zero_infinity=True)
     return loss / sizes.sum().clamp_min(1)
 
 
@@ -148,13 +148,13 @@ def fit_recogniser(
 
 def open_start(run, config, speech, *, seed: int, cache) -> tuple[Recogniser, list[dict]]:
     """The supervised start of a run: `config.source` where one is named, else `recogniser` of the run or the shipped one, else one
-    trained here, on `config.supervised_kinds` of the corpus and a few silences, and saved. Also returns the training history,
-    empty where none was.
+    trained here, on `config.supervised_kinds` of the corpus and a few silences, and saved; it lies on the GPU where there is one.
+    Also returns the training history, empty where none was.
 
-    config: a RecognitionConfig, speech: a SpeechConfig.
+    config: a RecognitionConfig, speech: a SpeechConfig. Of recordings it is trained on those that `data_choice.open_pool` leaves.
     """
     from resonate_lib.data.speech import SpeechCorpus, open_speech, vocabulary
-    from resonate_lib.speech.data_choice import silences
+    from resonate_lib.speech.data_choice import left_by_the_pool, silences
 
     if config.source:
         from resonate_lib.models import pretrained
@@ -163,14 +163,17 @@ def open_start(run, config, speech, *, seed: int, cache) -> tuple[Recogniser, li
         run.record("inputs", {"recogniser": pretrained.provenance(config.source)})
         return found, []
     folder, state = run.resolve_input("recogniser", optional=True), run.state("recogniser")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if folder is not None:
-        return Recogniser.load(folder), []
+        return Recogniser.load(folder, device=device), []
     spoken = open_speech(speech, "train", seed=seed, cache=cache, kinds=config.supervised_kinds)
+    if speech.speech_folder:
+        spoken = spoken.select(left_by_the_pool(len(spoken), config.probe_utterances))
     quiet = silences(config.supervised_silences, "train", seed=seed)
     corpus = SpeechCorpus([*spoken.audio, *quiet.audio], [*spoken.utterances, *quiet.utterances])
     recogniser, history = fit_recogniser(
         corpus, vocabulary=vocabulary(), steps=config.supervised_steps, batch_size=config.supervised_batch_size, seed=seed,
-        learning_rate=config.supervised_learning_rate, checkpoint=state,
+        learning_rate=config.supervised_learning_rate, checkpoint=state, precision=config.precision, device=device,
     )  # fmt: skip
     recogniser.save(run.checkpoint("recogniser"), bits=8)
-    return Recogniser.load(run.resolve_input("recogniser")), history
+    return Recogniser.load(run.resolve_input("recogniser"), device=device), history
