@@ -4,12 +4,15 @@ import math
 from types import SimpleNamespace
 
 import jiwer
+import numpy as np
 import pytest
 import tones
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resonate_lib.config_speech import RecognitionConfig, SpeechConfig
+from resonate_lib.data.speech import SpeechCorpus, Utterance
 from resonate_lib.evaluation import stats
 from resonate_lib.speech import data_choice, errors
 
@@ -82,6 +85,38 @@ def test_summary_by_hand():
         errors.judge(said, ["a"] * 3, system="base", part="test")
 
 
+def invented_by(system, cases, part, seed=0):
+    """Six utterances of a part, whose ids are those of the other part too; of the first `cases` words are invented."""
+    text = "" if part == "silence" else "one two three four"
+    said = [SimpleNamespace(id=f"u{i}", kind=part, voice="v", text=text) for i in range(6)]
+    texts = [text + (" so so so" if i < cases else "") for i in range(6)]
+    return errors.judge(said, texts, system=system, part=part, seed=seed)
+
+
+def test_silence_and_long_together_and_the_paired_change_of_their_hallucinations():
+    given = {("base", "silence"): 5, ("base", "long"): 2, ("tuned", "silence"): 1, ("tuned", "long"): 2}
+    rows = errors.pd.concat([invented_by(system, cases, part) for (system, part), cases in given.items()])
+    table = errors.summary(rows, base="base", n=2000).set_index(["system", "part"])
+    line = table.loc[("tuned", "silence and long")]
+    assert (line["n"], line["hallucinated"], line["words"]) == (12, 3, 24)
+    assert (line["hallucination_low"], line["hallucination_high"]) == tuple(stats.wilson(3, 12))[1:]
+    assert line["hallucination_change"] == pytest.approx(-4 / 12)
+    assert line["hallucination_change_low"] < -4 / 12 < line["hallucination_change_high"] <= 0
+    expected = stats.paired_bootstrap([1] + 5 * [0] + 2 * [1] + 4 * [0], 5 * [1] + [0] + 2 * [1] + 4 * [0], n=2000)
+    assert line["hallucination_change_low"] == pytest.approx(expected.low, abs=0.06)
+    assert table.loc[("tuned", "long"), "hallucination_change"] == 0 == table.loc[("tuned", "long"), "wer_change"]
+    assert math.isnan(table.loc[("base", "silence"), "hallucination_change"])
+    assert len(errors.summary(invented_by("base", 1, "long"), base="base", n=200)) == 1
+
+
+def test_several_seeds_of_the_same_clips_are_no_more_clips():
+    seeds = errors.pd.concat([invented_by("base", 2, "silence", seed) for seed in range(4)])
+    line = errors.summary(seeds, base="base", n=2000).iloc[0]
+    one = stats.bootstrap_mean([1, 1, 0, 0, 0, 0], n=2000)
+    assert line["n"] == 24 and (line["hallucination_low"], line["hallucination_high"]) == (one.low, one.high)
+    assert line["hallucination_high"] - line["hallucination_low"] > 1.5 * np.ptp(stats.wilson(8, 24)[1:])
+
+
 # --- which utterances -----------------------------------------------------------------------------------------------------
 
 RATES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=3, max_size=30)
@@ -142,3 +177,29 @@ def test_pass_rates_count_exact_samples(monkeypatch):
     monkeypatch.setattr(data_choice.token_policy, "sample", lambda *a, **k: SimpleNamespace(ids=None, mask=None))
     rates = data_choice.pass_rates(stub, corpus, range(4), samples=4, generator=torch.Generator())
     assert rates.tolist() == [0.5, 1.0, 0.75, 0.0]
+
+
+def test_a_pool_of_recordings_has_long_ones_and_silences_and_leaves_the_start_its_own(monkeypatch):
+    clips = [np.zeros(1000 + 10 * k, np.int16) for k in range(50)]
+    recordings = [Utterance(f"r{k}", "a", "recording", 0, "", 0, 0, (), None, 0) for k in range(50)]
+    corpus = SpeechCorpus(clips, recordings)
+
+    def opened(speech, split, *, count=None, last=False, **_):
+        places = range(50) if count is None else range(50 - count, 50) if last else range(count)
+        return corpus.select(places)
+
+    monkeypatch.setattr(data_choice, "open_speech", opened)
+    config, speech = RecognitionConfig(probe_utterances=20, chosen=15, utterances_per_step=4), SpeechConfig(speech_folder="x")
+    pool = data_choice.open_pool(config, speech, seed=0, cache=None)
+    kinds = [one.kind for one in pool.utterances]
+    assert len(pool) == 20 and kinds.count("silence") == 2 and kinds.count("long") == 6
+    assert {one.id for one in pool.utterances if one.kind == "long"} == {f"r{k}" for k in range(44, 50)}
+    rates, chosen = torch.full((20,), 0.5), {}
+    for name in data_choice.CHOICES:
+        chosen[name] = data_choice.choose(name, rates, kinds, count=15, generator=torch.Generator().manual_seed(0))
+    long = {name: data_choice.facts(rates, kinds, places)["long"] for name, places in chosen.items()}
+    assert long["middle_long"] == pytest.approx(5 / 15) and chosen["middle"] != chosen["middle_long"]
+    left = {recordings[place].id for place in data_choice.left_by_the_pool(50, 20)}
+    assert len(left) == 30 and not left & {one.id for one in pool.utterances}
+    with pytest.raises(ValueError, match="holds 20 recordings for training, of which the choice of data takes probe_utterances=20"):
+        data_choice.left_by_the_pool(20, 20)

@@ -14,6 +14,7 @@ from resonate_lib.evaluation import stats
 from resonate_lib.rewards.rules import words
 
 LONGEST_LOOP = 4  # words in what may be said over and over
+TOGETHER = ("silence", "long")  # parts that are judged as one as well: where words are invented
 TIMES = 3  # in a row make a loop
 INSERTED, SHARE = 2, 0.1  # inserted words, and their share of the reference's, from which on text is invented
 COUNTS = ("words", "errors", "substitutions", "deletions", "insertions")
@@ -72,23 +73,38 @@ def judge(utterances: Sequence, hypotheses: Sequence[str], *, system: str, part:
 
 
 def summary(rows: pd.DataFrame, *, base: str, n: int = 2000) -> pd.DataFrame:
-    """A line for each system and part: utterances, WER with its bootstrap interval over utterances, its paired change against
-    `base` (same utterances) and that as a share of base's WER, the share of exact transcripts, and the hallucination rate with
-    Wilson's interval. WER is nan where nothing was said. rows: of `judge`, one seed or several (whole utterances are resampled)."""
+    """A line for each system and part, and one for the parts of TOGETHER as one: utterances, WER with its bootstrap interval over
+    utterances, its paired change against `base` (same utterances) and that as a share of base's WER, the share of exact
+    transcripts, and the hallucination rate with its interval and its paired change. WER is nan where nothing was said.
+
+    rows: of `judge`, one seed or several. Whole utterances are resampled; the rate of one seed has Wilson's interval.
+    """
+    both = rows[rows["part"].isin(TOGETHER)]
+    if both["part"].nunique() == len(TOGETHER):  # ids of two parts may be the same
+        rows = pd.concat([rows, both.assign(part=" and ".join(TOGETHER), id=both["part"] + " " + both["id"])], ignore_index=True)
     lines = []
     for (system, part), own in rows.groupby(["system", "part"], sort=False):
         asked = rows[(rows["system"] == base) & (rows["part"] == part)]
-        cases = int(own["hallucinated"].sum())
         line = {"system": system, "part": part, "n": len(own), "words": int(own["words"].sum())}
         if line["words"]:
             line |= stats.bootstrap_ratio(own["errors"], own["words"], own["id"], n=n).columns("wer")
-        if line["words"] and system != base and len(asked):
-            keys = ["id", "seed"]
-            both = own.merge(asked, on=keys, suffixes=("", "_base"))
-            columns = [both[name] for name in ("errors", "words", "errors_base", "words_base", "id")]
+        paired = own.merge(asked, on=["id", "seed"], suffixes=("", "_base")) if system != base and len(asked) else None
+        if line["words"] and paired is not None:
+            columns = [paired[name] for name in ("errors", "words", "errors_base", "words_base", "id")]
             change = stats.paired_ratio(*columns, n=n)
             line |= change.columns("wer_change")
             line["wer_relative"] = change.mean / max(asked["errors"].sum() / asked["words"].sum(), 1e-9)
         line["exact"] = own["exact"].mean()
-        lines.append(line | {"hallucinated": cases} | stats.wilson(cases, len(own)).columns("hallucination"))
+        lines.append(line | _invented(own, paired, n))
     return pd.DataFrame(lines)
+
+
+def _invented(own: pd.DataFrame, paired: pd.DataFrame | None, n: int) -> dict[str, float]:
+    """The columns of hallucination: cases, their rate with its interval, and its change where there is a base to pair with."""
+    cases = int(own["hallucinated"].sum())
+    rate = stats.wilson(cases, len(own)) if own["id"].is_unique else stats.bootstrap_mean(own["hallucinated"], own["id"], n=n)
+    line = {"hallucinated": cases} | rate.columns("hallucination")
+    if paired is not None:
+        change = stats.paired_bootstrap(paired["hallucinated"], paired["hallucinated_base"], paired["id"], n=n)
+        line |= change.columns("hallucination_change")
+    return line
