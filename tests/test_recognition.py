@@ -27,7 +27,7 @@ from resonate_lib.speech import recognition_training as training
 from resonate_lib.speech import token_policy
 from resonate_lib.speech.engine import Engine
 from resonate_lib.speech.recognition import INSTRUCTION, SHAPE, Recogniser, clips_of, fitting
-from resonate_lib.turns import resident_bytes
+from resonate_lib.turns import Timeline, resident_bytes
 
 SMALL = {"utterances_per_step": 16, "group_size": 6, "max_new_tokens": 8, "warmup_steps": 0, "micro_batch": 8}
 
@@ -212,6 +212,38 @@ def test_hidden_stretches_are_drawn_from_the_generator():
     assert not torch.equal(a, training.hide(features, frames, torch.Generator().manual_seed(2)))
 
 
+def test_ctc_takes_its_letters_to_where_the_logits_are(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(training.F, "ctc_loss", lambda log_p, flat, *_, **__: seen.update(p=log_p, flat=flat) or log_p.sum())
+    training.ctc_loss(torch.empty(2, 9, 1 + len(training.LETTERS), device="meta"), torch.tensor([9, 7]), ["ab", "c"])
+    assert seen["flat"].shape == (3,) and seen["flat"].device == seen["p"].device == torch.device("meta")
+
+
+def test_a_start_is_trained_where_the_gpu_is_and_in_the_asked_precision(monkeypatch, tmp_path, taught):
+    from resonate_lib.config_speech import SpeechConfig
+    from resonate_lib.data import speech
+
+    asked, loaded, opened = {}, [], tones.Tones(tones.sentences(12))
+    opened.select = lambda places: asked.setdefault("kept", list(places)) and opened
+
+    def fit(corpus, **options):
+        asked.update(options)
+        return taught
+
+    monkeypatch.setattr(training, "fit_recogniser", fit)
+    monkeypatch.setattr(speech, "open_speech", lambda *a, **k: opened)
+    monkeypatch.setattr(type(opened), "__len__", lambda self: 12, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Recogniser, "load", lambda folder, **options: loaded.append(options))
+    places = iter([None, tmp_path / "r", tmp_path / "r"])
+    run = SimpleNamespace(resolve_input=lambda *a, **k: next(places), state=lambda name: None, checkpoint=tmp_path.joinpath)
+    config = RecognitionConfig(probe_utterances=8, chosen=8, utterances_per_step=2, precision="bf16", supervised_silences=0)
+    for _ in range(2):  # trained here, and found
+        training.open_start(run, config, SpeechConfig(speech_folder="x"), seed=0, cache=tmp_path)
+    assert (asked["device"], asked["precision"], asked["kept"]) == ("cuda", "bf16", [0, 1, 2, 3])
+    assert loaded == [{"device": "cuda"}] * 2
+
+
 # --- reinforcement --------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +281,7 @@ def test_a_round_scores_its_hypotheses_and_begins_at_ratio_one(taught, pool):
 
 
 def test_parts_take_turns_in_a_round_and_the_sum_never_lies_on_the_device(taught, pool):
-    recogniser, moves = taught[0].fork(), []
+    recogniser, moves = taught[0].fork(), Timeline()
     rl.train(recogniser, pool, reward, RecognitionConfig(**SMALL, steps=2), timeline=moves)
     model, core = recogniser.model, recogniser.model.model
     encoder, decoder = map(resident_bytes, ([core.audio_tower, core.multi_modal_projector], [core.language_model, model.lm_head]))
@@ -290,10 +322,10 @@ def test_reinforcement_lowers_word_errors_on_unseen_utterances(taught, pool, hel
 
 def test_same_seed_same_numbers_and_resume_equals_uninterrupted(tmp_path, taught, pool):
     config = RecognitionConfig(**SMALL | {"utterances_per_step": 6}, steps=4)
-    runs = []
-    for _ in range(2):
+    runs, moves = [], [Timeline() for _ in range(4)]
+    for timeline in moves[:2]:
         recogniser = taught[0].fork()
-        runs.append((rl.train(recogniser, pool, reward, config, seed=3), recogniser.model.state_dict()))
+        runs.append((rl.train(recogniser, pool, reward, config, seed=3, timeline=timeline), recogniser.model.state_dict()))
     assert runs[0][0] == runs[1][0]
     state, first = tmp_path / "state.pt", taught[0].fork()
 
@@ -307,12 +339,15 @@ def test_same_seed_same_numbers_and_resume_equals_uninterrupted(tmp_path, taught
     recognition_rl.SAVE_EVERY = 1
     try:
         with pytest.raises(KeyboardInterrupt):
-            rl.train(first, pool, reward, config, seed=3, checkpoint=state, callback=stop)
+            rl.train(first, pool, reward, config, seed=3, checkpoint=state, callback=stop, timeline=moves[2])
         resumed = taught[0].fork()
-        history = rl.train(resumed, pool, reward, config, seed=3, checkpoint=state)
+        history = rl.train(resumed, pool, reward, config, seed=3, checkpoint=state, timeline=moves[3])
+        again = Timeline()
+        rl.train(taught[0].fork(), pool, reward, config, seed=3, checkpoint=state, timeline=again)
     finally:
         recognition_rl.SAVE_EVERY = every
     assert history == runs[0][0]
+    assert moves[3][:19] == moves[0][:19] and again == moves[3]  # of the two rounds before; nothing is added at the end
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, runs[0][1][name]), name
 

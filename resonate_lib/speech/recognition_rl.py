@@ -1,8 +1,8 @@
 """Reinforcement of a recogniser: GRPO with rules as reward, and minimum word error rate training, on hypotheses it samples.
 
 A round draws utterances, samples a group of hypotheses for each, scores them, and makes `epochs` updates over all of them; groups
-that tie teach nothing and are left out. Sources: GRPO (arXiv 2402.03300) for recognition as in arXiv 2509.18569; minimum word
-error rate training: Prabhavalkar et al. 2018 (arXiv 1712.01818), with sampled hypotheses.
+that tie teach nothing and are left out. Source: GRPO (arXiv 2402.03300) for recognition as in arXiv 2509.18569; the other
+objective is in `mwer`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from resonate_lib.online import (
 from resonate_lib.speech import token_policy
 from resonate_lib.speech.engine import Engine
 from resonate_lib.speech.errors import hallucinates, word_errors
+from resonate_lib.speech.mwer import first_of_equal, mwer_loss
 from resonate_lib.speech.recognition import Recogniser, clips_of, fitting
 from resonate_lib.training import autocast, fit
-from resonate_lib.turns import Turns
+from resonate_lib.turns import Timeline, Turns
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")  # attention of the decoder and of the audio tower
 LARGEST = ("ratio_deviation",)  # of the metrics of a round's batches the maximum counts, else the mean
@@ -95,31 +96,6 @@ def rule_reward(spec: str) -> RuleReward:
         return transcript_reward(hypothesis, utterance.text, weights=weights, keywords=utterance.keywords, keyword_weights=weighed)
 
     return reward
-
-
-def mwer_loss(log_probs: Tensor, errors: Tensor, group_ids: Tensor, distinct: Tensor) -> Tensor:
-    """Expected word errors of the distinct hypotheses of each utterance, less their mean, averaged over utterances; 0-dim.
-
-    log_probs (n,): of whole hypotheses; errors, group_ids (n,); distinct (n,) bool: the first of equal ones. With P renormalised
-    over an utterance's distinct hypotheses: sum_i P_i (W_i - mean W). Source: the N-best loss of arXiv 1712.01818.
-    Alone it says nothing of what was not sampled, and probability leaks there (entropy rises): `ce_weight` holds it.
-    """
-    losses = []
-    for group in group_ids.unique():
-        rows = (group_ids == group) & distinct
-        wrong = errors[rows].to(log_probs)
-        losses.append((log_probs[rows].softmax(0) * (wrong - wrong.mean())).sum())
-    return torch.stack(losses).mean()
-
-
-def first_of_equal(ids: Tensor, mask: Tensor, group_ids: Tensor) -> Tensor:
-    """(n,) bool: whether no earlier sequence of the same group has the same tokens."""
-    seen, first = set(), []
-    for row, kept, group in zip(ids.tolist(), mask.tolist(), group_ids.tolist(), strict=True):
-        key = (group, tuple(token for token, own in zip(row, kept, strict=True) if own))
-        first.append(key not in seen)
-        seen.add(key)
-    return torch.tensor(first, device=ids.device)
 
 
 def _sampled(recogniser: Recogniser, inputs, clips, config, generator, engine) -> tuple[Tensor, Tensor, Tensor | None, float]:
@@ -253,7 +229,7 @@ def update(recogniser: Recogniser, module, optimizer, made: Round, config, refer
     return mean_of(rows) | {"first_ratio_deviation": first, "trained": float(groups * config.group_size), "skipped": 0.0}
 
 
-def taking_turns(recogniser: Recogniser, timeline: list | None = None, **others) -> Turns:
+def taking_turns(recogniser: Recogniser, timeline: Timeline | None = None, **others) -> Turns:
     """Encoder and decoder of the recogniser, and `others` (optimizer, reference), as parts that take turns on its device. The
     embedding of tokens and the output layer are the decoder's, the projector is the encoder's."""
     model = recogniser.model
@@ -302,15 +278,16 @@ def learning(recogniser: Recogniser, config, *, seed: int) -> Iterator[tuple]:
 
 def train(
     recogniser: Recogniser, corpus, reward: RuleReward, config, *, positions: Sequence[int] | None = None, seed: int = 0,
-    checkpoint=None, callback=None, timeline: list | None = None,
+    checkpoint=None, callback=None, timeline: Timeline | None = None,
 ) -> list[dict]:  # fmt: skip
     """Reinforcement of the recogniser, in place, by a `RecognitionConfig`; returns one dict of metrics per round.
 
     positions: the utterances of the corpus to draw from (None: all); those longer than the recogniser hears are left out and
     counted. The KL's reference is the recogniser as it is when this is called (with a checkpoint: call it with the same start).
     callback(i, round, metrics) runs after each round. Encoder, decoder, optimizer and reference take turns on the recogniser's
-    device; timeline gets a row for each load and release (`Turns`). Metrics: `online.reward_metrics`, `collect`, `update`.
-    ValueError for too few utterances, before anything is sampled.
+    device; timeline gets a row for each load and release (`Turns`) and is part of the state. The same seed gives the same bytes on
+    a CPU; on a GPU some sums are added up in no fixed order. Metrics: `online.reward_metrics`, `collect`, `update`. ValueError for
+    too few utterances, before anything is sampled.
     """
     kept, left_out = fitting(corpus, recogniser.seconds)
     pool = kept if positions is None else sorted(set(positions) & set(kept))
@@ -332,8 +309,8 @@ def train(
                 callback(i, made, metrics)
             return metrics
 
-        modules = {"policy": module, "optimizer": optimizer}
+        modules = {"policy": module, "optimizer": optimizer} | ({} if timeline is None else {"timeline": timeline})
         history = fit(step, steps=config.steps, modules=modules, label=config.objective.upper(), seed=seed, checkpoint=checkpoint,
                       save_every=SAVE_EVERY)  # fmt: skip
-        with turns.take("encoder", "decoder"):  # the recogniser stays where it was
-            return history
+        turns.end("encoder", "decoder")  # the recogniser stays where it was
+        return history
