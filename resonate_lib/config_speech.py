@@ -123,5 +123,7 @@ class SynthesisConfig(Config):
     length_deviations: float = knob(4.0, above=0)  # filtering: from the median length of a group
     decode_iterations: int = knob(4, low=1, high=1000)  # Griffin-Lim rounds for the recogniser's ear
     max_grad_norm: float = knob(1.0, above=0)
+    micro_batch: int = knob(0, low=0)  # sequences learnt from at once; 0: all of a round
+    precision: str = knob("float32", choices=("float32", "bf16"))
     eval_lines: int = knob(80, low=2)  # held-out lines the judge hears
     bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval

@@ -15,14 +15,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resonate_lib.diffro import gumbel_softmax, keep_groups, temperature_at
-from resonate_lib.online import draw_seed, frozen_copy, group_advantages, make_optimizer, mean_of, optimizer_step, warm_up
+from resonate_lib.online import (
+    draw_seed,
+    frozen_copy,
+    group_advantages,
+    in_parts,
+    make_optimizer,
+    mean_of,
+    optimizer_step,
+    parts,
+    warm_up,
+)
 from resonate_lib.rewards.base import check_result
 from resonate_lib.speech import token_policy
 from resonate_lib.speech.lines import Line
 from resonate_lib.speech.synthesis import FIRST_TOKEN, Speaker
 from resonate_lib.speech.token_reward import PARTS, TokenReader, mixed
-from resonate_lib.training import fit
-from resonate_lib.turns import Turns
+from resonate_lib.training import autocast, fit
+from resonate_lib.turns import Timeline, Turns
 
 SAVE_EVERY = 5  # rounds
 
@@ -81,7 +91,7 @@ def roll_out(
 ) -> Spoken:
     """Sample config.group_size sequences for each line in the policy's turn, score them in the reader's and, with config.filtering,
     decide what to learn from."""
-    with turns.take("policy"):
+    with turns.take("policy"), autocast(config.precision, speaker.model.device.type):
         sampled = speaker.sample(lines, group_size=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens,
                                  generator=random)
     tokens, failed = speaker.tokens(sampled)
@@ -122,51 +132,98 @@ def diffro_loss(
     return loss, {"diffro_loss": loss.item(), "diffro_kl": kl.mean().item(), **means}
 
 
+@dataclass
+class Kept:
+    """The n sequences of a round that are learnt from: lines (n); ids, mask, speech (n, L): tokens, the real ones, those that are
+    speech; advantages (n,); old (n, L): log-probabilities of the policy that sampled; known: the reference's logits (n, L,
+    vocabulary), None without one."""
+
+    lines: list[Line]
+    ids: Tensor
+    mask: Tensor
+    speech: Tensor
+    advantages: Tensor
+    old: Tensor
+    known: Tensor | None = None
+
+
+def kept_of(spoken: Spoken) -> Kept:
+    """The sequences that filtering left."""
+    rows = spoken.keep.nonzero().flatten()
+    ids, mask, old = (table[rows] for table in (spoken.sampled.ids, spoken.sampled.mask, spoken.sampled.log_probs))
+    lines = [spoken.lines[k] for k in rows.tolist()]
+    return Kept(lines, ids, mask, mask & (ids >= FIRST_TOKEN), spoken.advantages[rows], old)
+
+
 def update(
     speaker: Speaker, reference, optimizer, reader: TokenReader, spoken: Spoken, config, temperature: float,
     random: torch.Generator, turns: Turns,
 ) -> dict[str, float]:  # fmt: skip
-    """config.epochs optimizer steps on the kept sequences of a round; returns means over the steps, `first_ratio_deviation`, and
-    skipped = 1 where nothing was kept. The reader, whose gradient DiffRO needs, has its turn together with policy and optimizer."""
-    rows = spoken.keep.nonzero().flatten()
-    if not len(rows):
+    """config.epochs optimizer steps on the kept sequences of a round, config.micro_batch of them computed at once; returns means
+    over the steps, `first_ratio_deviation`, and skipped = 1 where nothing was kept, or nothing that DiffRO alone could learn from:
+    no token of speech. The reader, whose gradient DiffRO needs, has its turn together with policy and optimizer."""
+    kept = kept_of(spoken)
+    if not len(kept.lines) or (config.objective == "diffro" and not kept.speech.any()):
         return {"first_ratio_deviation": 0.0, "skipped": 1.0}
-    lines = [spoken.lines[k] for k in rows.tolist()]
-    ids, mask, old = spoken.sampled.ids[rows], spoken.sampled.mask[rows], spoken.sampled.log_probs[rows]
-    speech, known = mask & (ids >= FIRST_TOKEN), None
+    slices = parts(len(kept.lines), config.micro_batch)
     if reference is not None:
         with torch.no_grad(), turns.take("reference"):
-            known = token_policy.token_logits(reference, speaker.prompts(lines, device=ids.device), ids)
+            kept.known = torch.cat([_logits(reference, speaker, kept, part, config) for part in slices])
     together = ("policy", "optimizer") if config.objective == "grpo" else ("policy", "optimizer", "reader")
     with turns.take(*together):
-        found = [_step(speaker, optimizer, reader, spoken.advantages[rows], (ids, mask, speech), (old, known), lines, config,
-                       temperature, random, turns) for _ in range(config.epochs)]  # fmt: skip
+        if config.precision != "float32" and config.objective != "diffro":  # scored as it is trained: the first ratio is 1
+            with torch.no_grad():
+                logits = torch.cat([_logits(speaker.model, speaker, kept, part, config) for part in slices])
+                kept.old = _chosen(logits, kept.ids, kept.mask)
+        found = [_step(speaker, optimizer, reader, kept, config, temperature, random, turns) for _ in range(config.epochs)]
     first = found[0].get("ratio_deviation", 0.0)
     return {**mean_of(found), "first_ratio_deviation": first, "skipped": 0.0}
 
 
+def _logits(model, speaker: Speaker, kept: Kept, part: slice, config) -> Tensor:
+    """Logits (b, L, vocabulary) of these sequences by teacher forcing, in the configured precision."""
+    device = kept.ids.device
+    with autocast(config.precision, device.type):
+        return token_policy.token_logits(model, speaker.prompts(kept.lines[part], device=device), kept.ids[part])
+
+
 def _step(
-    speaker: Speaker, optimizer, reader: TokenReader, advantages: Tensor, taken: tuple[Tensor, ...], before: tuple,
-    lines: list[Line], config, temperature: float, random: torch.Generator, turns: Turns,
-) -> dict[str, float]:  # fmt: skip
-    """One optimizer step; taken: ids, mask and which are speech, each (n, L); before: log-probabilities (n, L) of the policy that
-    sampled, and the reference's logits or None."""
-    (ids, mask, speech), (old, known) = taken, before
-    logits = token_policy.token_logits(speaker.model, speaker.prompts(lines), ids)
+    speaker: Speaker, optimizer, reader: TokenReader, kept: Kept, config, temperature: float, random: torch.Generator, turns: Turns
+) -> dict[str, float]:
+    """One optimizer step; the gradients of the parts, each a mean, are added up by their shares of the sequences."""
+
+    def backward(part: slice, share: float) -> dict[str, float]:
+        loss, metrics = part_loss(speaker, reader, kept, part, config, temperature, random)
+        (loss * share).backward()
+        return metrics
+
+    largest = () if config.objective == "diffro" else ("ratio_deviation",)
+    metrics = in_parts(backward, len(kept.lines), config.micro_batch, largest=largest)
+    turns.count()  # with the gradients
+    return metrics | {"grad_norm": optimizer_step(speaker.model, optimizer, config.max_grad_norm)}
+
+
+def part_loss(
+    speaker: Speaker, reader: TokenReader, kept: Kept, part: slice, config, temperature: float, random: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """The objective's loss, a mean over the sequences of the slice, and what to report. GRPO's loss has a KL of its own, so that
+    DiffRO's counts only where DiffRO is alone."""
+    ids, mask, lines = kept.ids[part], kept.mask[part], kept.lines[part]
+    known = None if kept.known is None else kept.known[part]
+    logits = _logits(speaker.model, speaker, kept, part, config)
     loss, metrics = logits.new_zeros(()), {}
     if config.objective != "diffro":
         new, ref = (_chosen(table, ids, mask) if table is not None else None for table in (logits, known))
-        loss, metrics = token_policy.grpo_loss(new, old, ref, mask, advantages, clip_range=config.clip_range, beta=config.beta)
-    if config.objective != "grpo" and speech.any():
-        share, own = diffro_loss(logits, known, speech, reader, lines, weights=weights_of(config), temperature=temperature,
-                                 beta=config.beta, generator=random)
-        loss = loss + (config.diffro_weight if config.objective == "both" else 1.0) * share
-        metrics |= own
-    loss.backward()
-    turns.count()  # with the gradients
+        loss, metrics = token_policy.grpo_loss(new, kept.old[part], ref, mask, kept.advantages[part],
+                                               clip_range=config.clip_range, beta=config.beta)
+    if config.objective != "grpo":
+        alone = config.objective == "diffro"
+        own, told = diffro_loss(logits, known, kept.speech[part], reader, lines, weights=weights_of(config),
+                                temperature=temperature, beta=config.beta if alone else 0.0, generator=random)
+        loss, metrics = loss + (1.0 if alone else config.diffro_weight) * own, metrics | told
     with torch.no_grad():
         entropy = token_policy.sequence_entropy(logits, mask).mean().item()
-    return {**metrics, "entropy": entropy, "grad_norm": optimizer_step(speaker.model, optimizer, config.max_grad_norm)}
+    return loss, metrics | {"entropy": entropy}
 
 
 def _chosen(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -193,22 +250,23 @@ def round_metrics(spoken: Spoken) -> dict[str, float]:
     }
 
 
-def taking_turns(speaker: Speaker, reader: TokenReader, timeline: list | None = None, **others) -> Turns:
+def taking_turns(speaker: Speaker, reader: TokenReader, timeline: Timeline | None = None, **others) -> Turns:
     """Policy and reader, and `others` (optimizer, reference), as parts that take turns on the model's device."""
     return Turns({"policy": speaker.model, "reader": reader, **others}, speaker.model.device, timeline)
 
 
 def train(
     speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, *, seed: int = 0, checkpoint=None,
-    callback: Callable[[int, dict, Spoken], None] | None = None, timeline: list | None = None,
+    callback: Callable[[int, dict, Spoken], None] | None = None, timeline: Timeline | None = None,
 ) -> list[dict]:  # fmt: skip
     """Reinforce speaker.model, in place, by config.objective: "grpo", "diffro" or "both"; returns one dict of metrics a round.
 
     reward: a Reward that hears the decoded clips, given as a list of (T_i,) (`recognisers.SpeechReward`; not asked by "diffro").
     lines: config.lines_per_step different ones a round. The reference of the KL is the model as it is when this is called.
     callback(round, metrics, spoken) runs after each. Policy, optimizer, reader and reference take turns on the model's device;
-    timeline gets a row for each load and release (`Turns`). Metrics: `round_metrics`, `update`, temperature. ValueError for a
-    reader of other tokens or fewer lines than a round takes.
+    timeline gets a row for each load and release (`Turns`) and is part of the state. The same seed gives the same bytes on a CPU;
+    on a GPU some gradients (of CTC, of sums) are added up in no fixed order. Metrics: `round_metrics`, `update`, temperature.
+    ValueError for a reader of other tokens or fewer lines than a round takes.
     """
     if reader.shape.codes != speaker.codes:
         raise ValueError(f"a reader of {reader.shape.codes} codes for a speaker of {speaker.codes}: use the one trained with it")
@@ -232,7 +290,8 @@ def train(
         return metrics
 
     model.eval()  # without dropout, so that the first ratio is 1
-    history = fit(step, steps=config.steps, modules={"model": model, "optimizer": optimizer}, label=config.objective, seed=seed,
-                  checkpoint=checkpoint, save_every=SAVE_EVERY)
-    with turns.take("policy", "reader"):  # both stay where they were
-        return history
+    modules = {"model": model, "optimizer": optimizer} | ({} if timeline is None else {"timeline": timeline})
+    history = fit(step, steps=config.steps, modules=modules, label=config.objective, seed=seed, checkpoint=checkpoint,
+                  save_every=SAVE_EVERY)
+    turns.end("policy", "reader")  # both stay where they were
+    return history

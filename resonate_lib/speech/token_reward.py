@@ -1,4 +1,4 @@
-"""A reward that reads speech tokens: what text they say, with which pitch and rate, and how natural they are.
+"""A reward that reads speech tokens: what text they say, with which pitch and rate, and what share of them is right.
 
 It takes one-hot rows as well as whole numbers, so that Gumbel-Softmax draws carry its gradient to whoever made the tokens. Text is
 read by connectionist temporal classification (Graves et al. 2006). Source: DiffRO's token-to-text reward (arXiv 2507.05911), with
@@ -88,7 +88,7 @@ class TokenReader(nn.Module):
 
         text: log-likelihood of the line's letters in nats a letter (CTC), WORST without a gradient where there are too few tokens
         for them, 0 for a line without letters; pitch, rate: log-probability of the class
-        asked for; quality: probability of being natural speech.
+        asked for; quality: the share of tokens that are right, as estimated of rows of which some were made wrong (`corrupt`).
         """
         read, logits = self(weights, mask)
         wanted, sizes = (column.to(weights.device) for column in _targets(lines))
