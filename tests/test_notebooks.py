@@ -190,6 +190,7 @@ def test_09_and_10_train_judge_and_show_their_memory(tmp_path):
     assert {path.name for path in (made / "checkpoints").iterdir()} >= {"recogniser", "recogniser_rl", "speaker", "speaker_rl"}
     summaries = {name: json.loads((made / "metrics" / f"{name}_summary.json").read_text()) for name in ("asr", "tts")}
     assert {row["system"] for row in summaries["asr"]} == {"supervised", "grpo", "mwer"}
+    assert {row["part"] for row in summaries["asr"]} == {"test", "silence", "long", "silence and long"}
     assert {"supervised", "GRPO", "DiffRO", "both", "both, filtered"} <= {row["system"] for row in summaries["tts"]}
     choices = json.loads((made / "metrics" / "asr_data_choice.json").read_text())
     assert [row["choice"] for row in choices] == ["random", "hard", "middle", "middle_long"]
