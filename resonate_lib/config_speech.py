@@ -78,8 +78,7 @@ class SpeakerConfig(Config):
     train_lines: int = knob(6000, low=8)  # spoken by espeak-ng
     tokenizer_steps: int = knob(1500, low=1)
     tokenizer_batch_size: int = knob(32, low=1)
-    codes: int = knob(512, low=2, high=65536)  # of the codebook
-    hop: int = knob(256, low=64)  # samples a frame; two frames are a token: 31 tokens a second
+    codes: int = knob(1024, low=2, high=65536)  # of the codebook
     steps: int = knob(4000, low=1)  # of the language model
     batch_size: int = knob(32, low=1)
     learning_rate: float = knob(2e-3, above=0, high=1)

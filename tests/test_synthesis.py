@@ -29,7 +29,8 @@ from resonate_lib.speech.token_reward import WORST, ReaderShape, TokenReader, co
 from resonate_lib.speech.tokenizer import TokenizerShape, fit_tokenizer
 from resonate_lib.turns import Timeline
 
-SMALL = TokenizerShape(seconds=2.0, hop=320, bands=32, latent_dim=12, width=16, codes=24, code_dim=8)
+SMALL = TokenizerShape(seconds=2.0, n_fft=1024, hop=320, frames_per_token=2, bands=32, latent_dim=12, width=16, codes=24,
+                       code_dim=8)  # fmt: skip
 CONFIG = SynthesisConfig(steps=2, lines_per_step=2, group_size=3, max_tokens=12, epochs=2, decode_iterations=1, learning_rate=1e-3)
 LINES = [Line("open the door", "low", "fast"), Line("zzz", "high", "slow"), Line("call anna")]
 

@@ -38,7 +38,7 @@ def build(config: SpeakerConfig, folders: dict[str, Path], *, seed: int, states:
     lines = draw_lines(config.train_lines, split="train", seed=seed)
     print(f"speaking {len(lines)} lines", flush=True)
     clips = natural(lines)
-    shape = TokenizerShape(codes=config.codes, hop=config.hop)
+    shape = TokenizerShape(codes=config.codes)
     histories = {}
     tokenizer, histories["tokenizer"] = fit_tokenizer(clips, steps=config.tokenizer_steps, batch_size=config.tokenizer_batch_size,
                                                       seed=seed, shape=shape, checkpoint=states.get("tokenizer"))

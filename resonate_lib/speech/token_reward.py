@@ -33,7 +33,7 @@ UP = 2  # places that read letters for every token: fast speech has more letters
 class ReaderShape:
     """The size of the reward model."""
 
-    codes: int = 512
+    codes: int = 1024
     width: int = 96
     layers: int = 4
 

@@ -26,16 +26,20 @@ UNUSED = 0.03  # a code with fewer hits a batch, on average, starts anew at a ve
 
 @dataclass(frozen=True)
 class TokenizerShape:
-    """Sizes; stored beside the weights. 16 kHz, hop 256, 2 frames a token: 31 tokens a second."""
+    """Sizes; stored beside the weights. 16 kHz, hop 128, 4 frames a token: 31 tokens a second.
+
+    Words wrong by the judge of 60 natural validation lines through the tokens: 0.34, where windows of 1,024 samples, half as many
+    frames and half as many codes gave 0.51 (as natural: 0.29).
+    """
 
     seconds: float = 6.0  # the longest clip
-    n_fft: int = 1024
-    hop: int = 256
-    bands: int = 96
-    frames_per_token: int = 2
+    n_fft: int = 512
+    hop: int = 128
+    bands: int = 80
+    frames_per_token: int = 4
     latent_dim: int = 64  # principal components of a token's frames
     width: int = 128  # of the convolutions
-    codes: int = 512
+    codes: int = 1024
     code_dim: int = 32
 
 
