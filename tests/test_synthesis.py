@@ -21,6 +21,7 @@ from resonate_lib.speech.synthesis import (
     SPEECH,
     Speaker,
     SpeakerShape,
+    blurred,
     fit_speaker,
     letters,
     like_lengths,
@@ -293,6 +294,16 @@ def test_diffro_raises_the_reward_on_a_toy(tokenizer):
         optimizer.step()
         shares.append(metrics["soft_text"])
     assert sum(shares[:5]) / 5 < 0.15 and sum(shares[-5:]) / 5 > 0.9
+
+
+def test_blurred_tokens_are_speech_and_what_is_no_speech_stays():
+    ids = torch.cat([torch.arange(FIRST_TOKEN).repeat(4, 1), torch.full((4, 500), FIRST_TOKEN + 3)], dim=1)
+    made = blurred(ids, 24, 0.3, torch.Generator().manual_seed(0))
+    assert torch.equal(made[:, :FIRST_TOKEN], ids[:, :FIRST_TOKEN])
+    speech = made[:, FIRST_TOKEN:] - FIRST_TOKEN
+    assert speech.min() >= 0 and speech.max() < 24
+    assert float((speech != 3).float().mean()) == pytest.approx(0.3 * 23 / 24, abs=0.03)
+    assert torch.equal(made, blurred(ids, 24, 0.3, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("objective", ["grpo", "diffro", "both"])
