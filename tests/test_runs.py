@@ -15,6 +15,7 @@ import torch
 
 from resonate_lib import doctor, record, runs, training, versions
 from resonate_lib.config import GRPOConfig, resolve
+from resonate_lib.evaluation import suite
 
 
 def _allocate(folder):
@@ -175,6 +176,18 @@ def test_a_fingerprint_tells_weights_and_leaves_out_what_is_missing(run):
     assert first == run.fingerprint("dpo") and len(first) == 8
     (folder / "weights").write_text("two")
     assert run.fingerprint("dpo") != first
+
+
+def test_a_system_that_learned_from_another_reward_than_its_name_says_is_told(run, capsys):
+    base = run.generator("base")
+    base.save(run.checkpoint("grpo_clap"), reward="0.5*clap+0.5*lalm")
+    base.save(run.checkpoint("grpo_lalm"), reward="lalm")
+    base.save(run.checkpoint("nft"), reward="lalm+2*clap")
+    systems, missing = suite.load_systems(run)
+    assert list(systems) == ["base", "GRPO (CLAP)", "GRPO (LALM)", "NFT"]
+    assert missing == ["base trained on", "DPO", "GRPO (LALM, fine)", "DiffRO"]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: GRPO")]
+    assert notes == ["note: GRPO (CLAP) learned from the reward 0.5*clap+0.5*lalm, not from clap"]
 
 
 def test_from_scratch_uses_nothing_shipped(run, tmp_path, monkeypatch):
