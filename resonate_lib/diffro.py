@@ -13,23 +13,17 @@ from torch import Tensor
 from resonate_lib import flow, online
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 from resonate_lib.online import (
-    SAVE_EVERY,
     Rollouts,
-    average_in,
     check_flow,
-    companion_of,
-    draw_records,
-    heard_by,
+    fit_rounds,
     in_parts,
     learning,
-    make_optimizer,
     optimizer_step,
     reference_of,
     reward_metrics,
-    warm_up,
 )
 from resonate_lib.rewards.base import RewardResult
-from resonate_lib.training import autocast, fit
+from resonate_lib.training import autocast
 
 SPREAD_SHARE = 0.05  # of the median: the least that counts as the spread of lengths, so that equal siblings exclude nobody
 
@@ -201,23 +195,9 @@ def train(
     check_flow(generator, "DiffRO")
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy) if config.beta > 0 else None
-        average = companion_of(policy, "average") if config.ema else policy
-        optimizer = make_optimizer(policy, config.learning_rate)
 
-        def step(i: int, random: torch.Generator) -> dict[str, float]:
-            warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
-            chosen = draw_records(records, config.prompts_per_step, random)
-            metrics, heard = update(generator, policy, optimizer, reference, reward, chosen, config, i, random)
-            metrics |= heard_by(watch, heard, config, i)
-            if config.ema:
-                average_in(average, policy, i, config.ema)
-            if callback is not None:
-                callback(i, metrics)
-            return metrics
+        def one_round(i: int, chosen: list[dict], optimizer, random: torch.Generator):
+            return update(generator, policy, optimizer, reference, reward, chosen, config, i, random)
 
-        modules = {"network": policy, "optimizer": optimizer} | ({"average": average} if config.ema else {})
-        modules |= {"watch": watch} if hasattr(watch, "state_dict") else {}
-        history = fit(step, steps=config.steps, modules=modules, label="DiffRO", seed=seed, checkpoint=checkpoint,
-                      save_every=SAVE_EVERY)
-        policy.load_state_dict(average.state_dict())
-    return history
+        return fit_rounds(policy, records, config, one_round, label="DiffRO", seed=seed, checkpoint=checkpoint, callback=callback,
+                          watch=watch)

@@ -25,6 +25,7 @@ from resonate_lib.online import (
     optimizer_step,
     reference_of,
 )
+from resonate_lib.progress import told
 from resonate_lib.training import autocast, fit, step_generator
 
 PROMPTS_PER_BATCH = 32  # of pair making; bounds memory and does not change the pairs' seeds
@@ -102,8 +103,8 @@ def make_pairs(generator, network: FluxAudio, reward, records: list[dict], confi
         raise ValueError("no prompts to make pairs of: give at least one record")
     random = torch.Generator().manual_seed(seed)
     chosen, parts = _prompt_order(records, config.pairs, random), []
-    for start in range(0, len(chosen), PROMPTS_PER_BATCH):
-        batch = chosen[start : start + PROMPTS_PER_BATCH]
+    batches = [chosen[start : start + PROMPTS_PER_BATCH] for start in range(0, len(chosen), PROMPTS_PER_BATCH)]
+    for batch in told(batches, len(chosen), "pairs to prefer in", size=len):
         parts.append(_pair_batch(generator, network, reward, batch, config, draw_seed(random)))
     win, lose, cond, rewards, prompts = zip(*parts, strict=True)
     pairs = Pairs(

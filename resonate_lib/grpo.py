@@ -14,26 +14,20 @@ from torch import Tensor
 from resonate_lib import flow, samplers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
 from resonate_lib.online import (
-    SAVE_EVERY,
     Rollouts,
-    average_in,
     check_flow,
     collect_round,
-    companion_of,
-    draw_records,
+    fit_rounds,
     group_advantages,
-    heard_by,
     in_parts,
     learning,
-    make_optimizer,
     mean_of,
     minibatches,
     optimizer_step,
     reference_of,
     reward_metrics,
-    warm_up,
 )
-from resonate_lib.training import autocast, fit
+from resonate_lib.training import autocast
 
 __all__ = ["clipped_surrogate", "group_advantages", "kl_penalty", "score_step", "train", "trained_steps", "update"]
 
@@ -223,27 +217,13 @@ def train(
     sde = {"noise_level": config.noise_level, "kind": config.kind, "last_step_noise": config.last_step_noise}
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy) if config.beta > 0 else None
-        average = companion_of(policy, "average") if config.ema else policy
-        optimizer = make_optimizer(policy, config.learning_rate)
 
-        def step(i: int, random: torch.Generator) -> dict[str, float]:
-            warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
-            chosen = draw_records(records, config.prompts_per_step, random)
+        def one_round(i: int, chosen: list[dict], optimizer, random: torch.Generator):
             rollouts = collect_round(
                 generator, policy, reward, chosen, config, i, random, sde={**sde, "window": draw_window(config, random)},
                 unnormalise=config.unnormalise,
             )  # fmt: skip
-            metrics = reward_metrics(rollouts) | update(policy, optimizer, reference, rollouts, config, random)
-            metrics |= heard_by(watch, rollouts, config, i)
-            if config.ema:
-                average_in(average, policy, i, config.ema)
-            if callback is not None:
-                callback(i, metrics)
-            return metrics
+            return reward_metrics(rollouts) | update(policy, optimizer, reference, rollouts, config, random), rollouts
 
-        modules = {"network": policy, "optimizer": optimizer} | ({"average": average} if config.ema else {})
-        modules |= {"watch": watch} if hasattr(watch, "state_dict") else {}
-        history = fit(step, steps=config.steps, modules=modules, label="GRPO", seed=seed, checkpoint=checkpoint,
-                      save_every=SAVE_EVERY)
-        policy.load_state_dict(average.state_dict())
-    return history
+        return fit_rounds(policy, records, config, one_round, label="GRPO", seed=seed, checkpoint=checkpoint, callback=callback,
+                          watch=watch)

@@ -22,6 +22,7 @@ import psutil
 
 from resonate_lib import record
 from resonate_lib.config import CHECKOUT
+from resonate_lib.progress import clock
 from resonate_lib.runs import cache_dir
 
 
@@ -97,11 +98,6 @@ class Watch:
             if self.label and time.monotonic() - told >= self.every:
                 told = time.monotonic()
                 self.say()
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def resident_mb() -> float:

@@ -10,26 +10,21 @@ from torch import Tensor
 
 from resonate_lib import flow
 from resonate_lib.online import (
-    SAVE_EVERY,
     Rollouts,
-    average_in,
     check_flow,
     collect_round,
     companion_of,
-    draw_records,
+    fit_rounds,
     follow,
-    heard_by,
     in_parts,
     learning,
-    make_optimizer,
     mean_of,
     minibatches,
     optimizer_step,
     reference_of,
     reward_metrics,
-    warm_up,
 )
-from resonate_lib.training import autocast, fit
+from resonate_lib.training import autocast
 
 
 def optimality(advantages: Tensor, adv_clip: float) -> Tensor:
@@ -160,25 +155,13 @@ def train(
     check_flow(generator, "DiffusionNFT")
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy) if config.beta_kl > 0 else None
-        old, average = companion_of(policy, "old"), companion_of(policy, "average") if config.ema else policy
-        optimizer = make_optimizer(policy, config.learning_rate)
+        old = companion_of(policy, "old")
 
-        def step(i: int, random: torch.Generator) -> dict[str, float]:
-            warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
-            chosen = draw_records(records, config.prompts_per_step, random)
+        def one_round(i: int, chosen: list[dict], optimizer, random: torch.Generator):
             rollouts = collect_round(generator, old, reward, chosen, config, i, random)
             metrics = reward_metrics(rollouts) | update((policy, old, reference), optimizer, rollouts, config, random)
-            metrics |= heard_by(watch, rollouts, config, i)
             follow(old, policy, old_policy_decay(i, config.decay))
-            if config.ema:
-                average_in(average, policy, i, config.ema)
-            if callback is not None:
-                callback(i, metrics)
-            return metrics
+            return metrics, rollouts
 
-        modules = {"network": policy, "optimizer": optimizer, "old": old} | ({"average": average} if config.ema else {})
-        modules |= {"watch": watch} if hasattr(watch, "state_dict") else {}
-        history = fit(step, steps=config.steps, modules=modules, label="NFT", seed=seed, checkpoint=checkpoint,
-                      save_every=SAVE_EVERY)
-        policy.load_state_dict(average.state_dict())
-    return history
+        return fit_rounds(policy, records, config, one_round, label="NFT", seed=seed, checkpoint=checkpoint, callback=callback,
+                          watch=watch, old=old)

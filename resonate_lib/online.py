@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resonate_lib import samplers
 from resonate_lib.models.flux_audio import Condition, FluxAudio
-from resonate_lib.training import autocast
+from resonate_lib.training import autocast, fit
 
 SAVE_EVERY = 5  # rounds between saved training states: one takes seconds, so little is lost; large states: `training.fit`
 
@@ -197,6 +197,37 @@ def heard_by(watch, rollouts: Rollouts, config, i: int) -> dict:
     if found.get("alarm"):
         print(f"round {i + 1}: ALARM, the reward has risen and this has parted from it: {found['alarm']}", flush=True)
     return found
+
+
+def fit_rounds(
+    policy, records: list[dict], config, one_round, *, label: str, seed: int = 0, checkpoint=None, callback=None, watch=None,
+    **modules,
+) -> list[dict]:  # fmt: skip
+    """The config.steps rounds of an online training of `policy`, in place; returns one dict of metrics a round.
+
+    one_round(i, chosen, optimizer, random) -> (metrics, what it made), on config.prompts_per_step different records. Around it: the
+    rate's warm-up; watch(made) by config.watch_every (`heard_by`; one with a state_dict is saved and restored too); with config.ema
+    the average of the weights over the rounds, which is what remains at the end; callback(i, metrics). modules: by name, what else
+    changes and must be in the checkpoint (`training.fit`).
+    """
+    average = companion_of(policy, "average") if config.ema else policy
+    optimizer = make_optimizer(policy, config.learning_rate)
+
+    def step(i: int, random: torch.Generator) -> dict[str, float]:
+        warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
+        metrics, made = one_round(i, draw_records(records, config.prompts_per_step, random), optimizer, random)
+        metrics |= heard_by(watch, made, config, i)
+        if config.ema:
+            average_in(average, policy, i, config.ema)
+        if callback is not None:
+            callback(i, metrics)
+        return metrics
+
+    modules = {"network": policy, "optimizer": optimizer, **modules} | ({"average": average} if config.ema else {})
+    modules |= {"watch": watch} if hasattr(watch, "state_dict") else {}
+    history = fit(step, steps=config.steps, modules=modules, label=label, seed=seed, checkpoint=checkpoint, save_every=SAVE_EVERY)
+    policy.load_state_dict(average.state_dict())
+    return history
 
 
 def parts(count: int, most: int) -> list[slice]:

@@ -23,15 +23,11 @@ from resonate_lib import diffusion
 from resonate_lib.grpo import clipped_surrogate, draw_window, kl_penalty, trained_steps
 from resonate_lib.models.layers import timestep_sinusoid
 from resonate_lib.online import (
-    SAVE_EVERY,
     Rollouts,
-    average_in,
     collect,
-    companion_of,
-    draw_records,
     draw_seed,
+    fit_rounds,
     group_advantages,
-    heard_by,
     in_parts,
     learning,
     make_optimizer,
@@ -40,9 +36,8 @@ from resonate_lib.online import (
     optimizer_step,
     reference_of,
     reward_metrics,
-    warm_up,
 )
-from resonate_lib.training import autocast, fit
+from resonate_lib.training import autocast
 
 EPS = 1e-4  # added to deviations that something is divided by, as in `online.group_advantages`
 SINUSOIDS = 32  # that tell the critic the time
@@ -282,15 +277,13 @@ def train(
         raise ValueError("this generator is a flow, and PPO is for a diffusion model; use one with a schedule, or grpo.train")
     with learning(generator.network.train(), config, seed=seed) as policy:
         reference = reference_of(policy) if config.beta > 0 else None
-        average = companion_of(policy, "average") if config.ema else policy
-        optimizer = make_optimizer(policy, config.learning_rate)
         critic = make_critic(generator, records, seed) if config.advantage == "gae" else None
         critic_optimizer = None if critic is None else make_optimizer(critic, config.critic_learning_rate)
+        critics = {} if critic is None else {"critic": critic, "critic_optimizer": critic_optimizer}
 
-        def step(i: int, random: torch.Generator) -> dict[str, float]:
-            warm_up(optimizer, i, config.learning_rate, config.warmup_steps)
+        def one_round(i: int, chosen: list[dict], optimizer, random: torch.Generator):
             rollouts = collect(
-                generator, policy, reward, draw_records(records, config.prompts_per_step, random), group_size=config.group_size,
+                generator, policy, reward, chosen, group_size=config.group_size,
                 steps=config.num_steps, guidance_scale=config.guidance_scales[i % len(config.guidance_scales)],
                 seed=draw_seed(random), decode_iterations=config.decode_iterations, precision=config.precision,
                 sample_batch=config.sample_batch,
@@ -304,17 +297,7 @@ def train(
                 loss = fit_values(critic, critic_optimizer, rollouts, returns, config, random)
                 values = {"value_loss": loss, "explained_variance": known}
             metrics |= update(policy, optimizer, reference, rollouts, advantages, config, random) | values
-            metrics |= heard_by(watch, rollouts, config, i)
-            if config.ema:
-                average_in(average, policy, i, config.ema)
-            if callback is not None:
-                callback(i, metrics)
-            return metrics
+            return metrics, rollouts
 
-        modules = {"network": policy, "optimizer": optimizer} | ({"average": average} if config.ema else {})
-        modules |= {} if critic is None else {"critic": critic, "critic_optimizer": critic_optimizer}
-        modules |= {"watch": watch} if hasattr(watch, "state_dict") else {}
-        history = fit(step, steps=config.steps, modules=modules, label="PPO", seed=seed, checkpoint=checkpoint,
-                      save_every=SAVE_EVERY)
-        policy.load_state_dict(average.state_dict())
-    return history
+        return fit_rounds(policy, records, config, one_round, label="PPO", seed=seed, checkpoint=checkpoint, callback=callback,
+                          watch=watch, **critics)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from resonate_lib.progress import EVERY, clock
+
 CHEAP_SAVE = 1.0  # seconds; a state written faster is written as often as the caller says
 SAVE_SHARE = 0.01  # of the time may go into writing a larger one
 LONGEST_UNSAVED = 600.0  # seconds of training after which any state is written
@@ -40,7 +42,7 @@ def autocast(precision: str = "auto", device: str = "cpu"):
 
 
 def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoint=None, save_every: int = 100,
-        every_seconds: float = 5.0) -> list[dict]:
+        every_seconds: float = EVERY) -> list[dict]:
     """Call step(i, generator) -> dict of numbers for i in 0..steps-1; returns the list of those dicts, each with its "step".
 
     modules: {name: object with state_dict and load_state_dict}, everything that changes (network, optimiser, old policy).
@@ -64,7 +66,7 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
             told = now
             left = (now - began) / (done - start) * (steps - done)
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(history[-1].items())[1:6])
-            print(f"{label}: step {done}/{steps}  {numbers}  {_clock(left)} left", flush=True)
+            print(f"{label}: step {done}/{steps}  {numbers}  {clock(left)} left", flush=True)
     return history
 
 
@@ -72,10 +74,6 @@ def _save_is_due(regular: bool, since: float, cost: float) -> bool:
     """Whether to write the state after a step, `since` seconds after the last write, which took `cost` of them; `regular`: at a
     multiple of save_every."""
     return since >= LONGEST_UNSAVED or (regular and (cost < CHEAP_SAVE or cost <= SAVE_SHARE * since))
-
-
-def _clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def save_state(path, modules, history, done, seconds):

@@ -6,6 +6,7 @@ The record of a version is its `run.json`, written by the runner alone. A versio
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -189,10 +190,10 @@ def summarise(version: Path) -> list[str]:
     """Gather `seed*/metrics/*.csv` into `metrics/` at the version's top; returns the names written.
 
     Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n - 1), and a
-    column `seeds` counts them; what a seed lacks has no mean. An interval (`low` and `high` of `mean`, `x_low` and `x_high` of `x`)
-    becomes Student's 95 % interval over the seeds, which tells nothing of other prompts; p values (`p`, `*_p`, `*_p_holm`) are left
-    out, and so is an identifier that differs. Other tables are put one under another with a first column `seed`. Tables of single
-    clips (a column `id`) stay with their seeds.
+    column `seeds` counts them; what a seed lacks has no mean. An interval (`x_low` and `x_high` of `x`; `low` and `high` of the
+    column before them) becomes Student's 95 % interval over the seeds, which tells nothing of other prompts; p values (`p`, `*_p`,
+    `*_p_holm`) are left out, and so is an identifier that differs. Other tables are put one under another with a first column
+    `seed`. Tables of single clips (a column `id`) stay with their seeds.
     """
     from resonate_lib.runs import write_table
 
@@ -283,13 +284,14 @@ def _over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
     out = every[0].drop(
         columns=[name for name in every[0] if NO_MEAN.fullmatch(name) or (name in IDENTIFIERS and name not in agreed)]
     )
+    owner = next((name for name, after in itertools.pairwise(every[0].columns) if after == "low"), None)  # whose ends low, high are
     for name in _numeric(out):
         if name in agreed:
             continue
         column = pd.concat([data[name] for data in every], axis=1)
         mean, deviation = column.mean(axis=1, skipna=False), column.std(axis=1, ddof=1, skipna=False)  # of all seeds or of none
         half = student.ppf(0.975, len(every) - 1) * deviation / len(every) ** 0.5
-        stem = "" if name == "mean" else f"{name}_"
+        stem = "" if name == owner else f"{name}_"
         ends = {f"{stem}low": mean - half, f"{stem}high": mean + half}
         new = {**(ends if set(ends) <= set(every[0]) else {}), f"{name}_std": deviation}
         out[name], place = mean, out.columns.get_loc(name)

@@ -263,6 +263,17 @@ def test_summary_over_seeds_averages_neither_ends_nor_identifiers_nor_clips(tmp_
     assert list(tables["uneven"].columns) == ["seed", "x"] and list(tables["uneven"]["seed"]) == [0, 1, 1]
 
 
+@pytest.mark.parametrize("mean", ["mean", "distance"])
+def test_summary_over_seeds_gives_the_ends_to_the_column_before_them(tmp_path, mean):
+    for seed, value in ((0, 1.0), (1, 3.0)):
+        row = {"system": "base", mean: value, "low": value - 1, "high": value + 1, "floor": value, "n": 5}
+        runs.write_table(tmp_path / f"seed{seed}" / "metrics", "table", [row])
+    versions.summarise(tmp_path)
+    table = pd.read_csv(tmp_path / "metrics" / "table.csv")
+    assert list(table.columns) == ["system", mean, "low", "high", f"{mean}_std", "floor", "floor_std", "n", "n_std", "seeds"]
+    assert table.loc[0, mean:"high"].tolist() == pytest.approx([2, -10.7062, 14.7062], rel=1e-5)
+
+
 def test_compare(tmp_path):
     first = make_version(tmp_path, config={"grpo": {"steps": 1, "beta": 0.0}})
     second = make_version(tmp_path, config={"grpo": {"steps": 2, "beta": 0.0}})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from resonate_lib import training
+from resonate_lib import progress, training
 
 
 def toy():
@@ -90,3 +90,18 @@ def test_a_fused_optimizer_goes_on_on_the_gpu(tmp_path):
     assert all(value.is_cuda for state in optimizer.state.values() for value in state.values())
     network(torch.ones(1, 3, device="cuda")).sum().backward()
     optimizer.step()
+
+
+def test_what_takes_long_tells_how_far_it_is(monkeypatch, capsys):
+    clock = Clock(monkeypatch, step=0, cost=0)
+    monkeypatch.setattr(progress, "time", clock)
+    seen = []
+    for batch in progress.told([[1, 2], [3, 4], [5]], 5, "clips heard", size=len):
+        seen += batch
+        clock.now += 4
+    assert seen == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out == "clips heard: 4/5  0:02 left\n"  # a line at the first moment more than 5 s after the last
+
+
+def test_counting_nothing_says_nothing(capsys):
+    assert list(progress.told([], 0, "clips heard")) == [] and capsys.readouterr().out == ""

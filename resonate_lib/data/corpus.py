@@ -1,7 +1,6 @@
 """A corpus held in memory for training: audio as int16, records, and batches with captions, hard negatives and frame labels."""
 
 import contextlib
-import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from resonate_lib.data import audio_folder, scenes
+from resonate_lib.progress import told
 
 SHORTEST = 2.0  # seconds of a recording, as published
 LABEL_RATE = 25  # frames per second of the activity labels
@@ -42,14 +42,12 @@ class Corpus:
         audio, records = np.empty((count, scenes.SIZE), dtype=np.int16), []
         make = partial(_scene16, split=split, seed=seed, world_seed=world_seed, combinations=combinations, shares=shares,
                        slips=slips)
-        told, workers = time.monotonic(), workers or min(4, torch.get_num_threads())
+        workers = workers or min(4, torch.get_num_threads())
         with ProcessPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool:
-            for wave, record in pool.map(make, range(count), chunksize=32) if pool else map(make, range(count)):
+            made = pool.map(make, range(count), chunksize=32) if pool else map(make, range(count))
+            for wave, record in told(made, count, f"scenes of {split}"):
                 audio[len(records)] = wave
                 records.append(record)
-                if time.monotonic() - told > 5:
-                    told = time.monotonic()
-                    print(f"scenes of {split}: {len(records)}/{count}", flush=True)
         return cls(audio, records, scenes.SAMPLE_RATE, world_seed)
 
     def first(self, count: int) -> "Corpus":

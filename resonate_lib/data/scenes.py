@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import shutil
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +19,7 @@ import numpy as np
 import soundfile
 
 from resonate_lib.data import events as ev
+from resonate_lib.progress import told
 
 SAMPLE_RATE = ev.SAMPLE_RATE
 SECONDS = 4.0
@@ -378,13 +378,8 @@ def make_corpus(directory, *, split: str, count: int, seed: int = 0, world_seed:
     (partial_folder / "audio").mkdir(parents=True)
     try:
         write = partial(_write_scene, directory=str(partial_folder), split=split, seed=seed, world_seed=world_seed)
-        lines, told = [], time.monotonic()
         with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
-            for line in pool.map(write, range(count), chunksize=64):
-                lines.append(line)
-                if time.monotonic() - told > 5:
-                    told = time.monotonic()
-                    print(f"scenes of {split}: {len(lines)}/{count}", flush=True)
+            lines = list(told(pool.map(write, range(count), chunksize=64), count, f"scenes of {split}"))
         (partial_folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
         if not manifest.is_file():  # else another run has just finished the same corpus, and may be reading it
             shutil.rmtree(directory, ignore_errors=True)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from resonate_lib.data.corpus import to_int16
 from resonate_lib.data.scenes import SPLITS
 from resonate_lib.data.speech_grammar import JOINS, TEMPLATES, jsgf, keyword_weights, vocabulary
 from resonate_lib.data.speech_voices import SAMPLE_RATE, TEST_VOICES, TRAIN_VOICES, speak
+from resonate_lib.progress import told
 
 __all__ = ["KINDS", "SpeechCorpus", "Utterance", "draw_utterances", "jsgf", "keyword_weights", "open_speech", "speak", "vocabulary"]
 
@@ -207,17 +207,15 @@ def write_corpus(folder: Path, utterances: Sequence[Utterance]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        clips, lines, start, told = [], [], 0, time.monotonic()
+        clips, lines, start = [], [], 0
         workers = min(4, torch.get_num_threads()) if len(utterances) > 200 else 1
         with ProcessPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool:
-            for clip in pool.map(_speak16, utterances, chunksize=16) if pool else map(_speak16, utterances):
+            made = pool.map(_speak16, utterances, chunksize=16) if pool else map(_speak16, utterances)
+            for clip in told(made, len(utterances), "utterances spoken"):
                 place = {"start": start, "samples": len(clip), "sha256": _hash(clip)}
                 lines.append(json.dumps(utterances[len(clips)].as_dict() | place))
                 clips.append(clip)
                 start += len(clip)
-                if time.monotonic() - told > 5:
-                    told = time.monotonic()
-                    print(f"utterances spoken: {len(lines)}/{len(utterances)}", flush=True)
         np.save(partial / "audio.npy", np.concatenate(clips))
         (partial / "manifest.jsonl").write_text("\n".join(lines) + "\n")
         if not (folder / "manifest.jsonl").is_file():  # else another run has just finished the same corpus, and may be reading it

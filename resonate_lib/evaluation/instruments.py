@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resonate_lib import pretrain, training
+from resonate_lib import pretrain, progress, training
 from resonate_lib.config import PretrainConfig, plain
 from resonate_lib.data import scenes
 from resonate_lib.data.corpus import Corpus, open_corpus, to_int16
@@ -55,16 +54,12 @@ def roughen(corpus: Corpus, *, share: float = 2 / 3, noise: float = 0.3, iterati
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(corpus), generator=random)[: round(share * len(corpus))].tolist()
     deviation = codec.encode(corpus.waveforms(chosen[:256])).std((0, 1))
-    told = time.monotonic()
-    for start in range(0, len(chosen), 64):
-        part = chosen[start : start + 64]
+    batches = [chosen[start : start + 64] for start in range(0, len(chosen), 64)]
+    for part in progress.told(batches, len(chosen), "clips through the codec", size=len):
         latents = codec.encode(corpus.waveforms(part))
         level = noise * torch.rand(len(part), 1, 1, generator=random)
         latents += level * deviation * torch.randn(latents.shape, generator=random)
         corpus.audio[part] = to_int16(codec.decode(latents, iterations=iterations).numpy())
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            print(f"clips through the codec: {start + len(part)}/{len(chosen)}", flush=True)
 
 
 def vary_level(corpus: Corpus, *, seed: int = 0) -> None:

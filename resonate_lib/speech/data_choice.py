@@ -8,7 +8,6 @@ Source: the construction of RL data in arXiv 2509.18569.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from resonate_lib.data.corpus import to_int16
 from resonate_lib.data.speech import SpeechCorpus, draw_utterances, open_speech, speak
 from resonate_lib.knobs import unknown
+from resonate_lib.progress import told
 from resonate_lib.rewards.rules import words
 from resonate_lib.speech import token_policy
 from resonate_lib.speech.recognition import Recogniser, clips_of
@@ -84,9 +84,8 @@ def pass_rates(
 ) -> Tensor:  # fmt: skip
     """The share (P,) of `samples` hypotheses, sampled for each of these P utterances, that are exact. Prints its progress."""
     order = sorted(range(len(positions)), key=lambda place: len(corpus.audio[positions[place]]))
-    rates, told = torch.zeros(len(positions)), time.monotonic()
-    for start in range(0, len(order), AT_ONCE):
-        part = order[start : start + AT_ONCE]
+    rates, batches = torch.zeros(len(positions)), [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
+    for part in told(batches, len(order), "pass rates of utterances", size=len):
         with torch.no_grad():
             inputs = recogniser.inputs(clips_of(corpus, [positions[place] for place in part]))
         got = token_policy.sample(recogniser.model, inputs, group_size=samples, max_new_tokens=max_new_tokens,
@@ -95,9 +94,6 @@ def pass_rates(
         for row, place in enumerate(part):
             asked = words(corpus.utterances[positions[place]].text)
             rates[place] = sum(words(text) == asked for text in texts[row * samples : (row + 1) * samples]) / samples
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            print(f"pass rates: {start + len(part)}/{len(order)} utterances", flush=True)
     return rates
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resonate_lib.evaluation import stats
+from resonate_lib.progress import told
 from resonate_lib.rewards.rules import words
 from resonate_lib.speech.errors import word_errors
 from resonate_lib.speech.lines import Line, class_of, measures
@@ -20,7 +21,8 @@ def judge_clips(
 ) -> pd.DataFrame:
     """A row a clip: the line, heard_<ear>, errors_<ear> and words; pitch_hz, letter_s; pitch_right and rate_right, by `limits`
     (`lines.learn_limits`). ears: name -> Recogniser."""
-    heard = {name: ear.transcribe(clips, sample_rate) for name, ear in ears.items()}
+    heard = {name: [ear.transcribe([clip], sample_rate)[0] for clip in told(clips, len(clips), f"{system}: heard by the {name}")]
+             for name, ear in ears.items()}  # fmt: skip
     rows = []
     for place, (clip, line) in enumerate(zip(clips, lines, strict=True)):
         found = measures(clip, sample_rate, line.text)
