@@ -25,7 +25,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C
 SYSTEMS = {  # one colour for a system in every figure
     name: COLORS[place]
     for place, name in enumerate(("base", "base trained on", "DPO", "GRPO (CLAP)", "GRPO (LALM)", "NFT", "best of", "originals"))
-} | {"GRPO (LALM, fine)": "#332288", "DiffRO": "#882255"}
+} | {"GRPO (LALM, fine)": "#332288", "GRPO (NFT's reward)": "#999933", "DiffRO": "#882255"}
 MARKERS = "osD^vPX*"
 STYLE = {
     "axes.grid": True,

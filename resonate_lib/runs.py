@@ -59,6 +59,7 @@ MADE_BY = {
     "base_on": "03",
     "grpo_clap": "04",
     "nft": "04",
+    "grpo_same": "04",
     "grpo_lalm": "05",
     "grpo_fine": "05",
     "diffro": "05",

@@ -185,7 +185,7 @@ def test_a_system_that_learned_from_another_reward_than_its_name_says_is_told(ru
     base.save(run.checkpoint("nft"), reward="lalm+2*clap")
     systems, missing = suite.load_systems(run)
     assert list(systems) == ["base", "GRPO (CLAP)", "GRPO (LALM)", "NFT"]
-    assert missing == ["base trained on", "DPO", "GRPO (LALM, fine)", "DiffRO"]
+    assert missing == ["base trained on", "DPO", "GRPO (LALM, fine)", "GRPO (NFT's reward)", "DiffRO"]
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: GRPO")]
     assert notes == ["note: GRPO (CLAP) learned from the reward 0.5*clap+0.5*lalm, not from clap"]
 

@@ -39,7 +39,8 @@ __all__ = [
 ]  # what writes tables belongs to them, so it is reached from here too
 
 PAIR = ["setting", "seed", "id", "sample"]
-BASE, OFFLINE, ONLINE = "base", ("DPO",), ("GRPO (CLAP)", "GRPO (LALM)", "GRPO (LALM, fine)", "DiffRO", "NFT")
+BASE, OFFLINE = "base", ("DPO",)
+ONLINE = ("GRPO (CLAP)", "GRPO (LALM)", "GRPO (LALM, fine)", "GRPO (NFT's reward)", "DiffRO", "NFT")
 ALTERNATIVES = ("base trained on", "best of 4")
 ORIGINALS = "originals"
 NO_VERDICT = "By the training reward, which is no independent verdict (no lalm_eval, no clap_eval)."

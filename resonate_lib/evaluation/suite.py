@@ -24,6 +24,7 @@ FOLDERS = {
     "GRPO (CLAP)": "grpo_clap",
     "GRPO (LALM)": "grpo_lalm",
     "GRPO (LALM, fine)": "grpo_fine",
+    "GRPO (NFT's reward)": "grpo_same",
     "DiffRO": "diffro",
     "NFT": "nft",
 }
