@@ -9,6 +9,7 @@ from resonate_lib.data import speech
 from resonate_lib.rewards import recognisers
 from resonate_lib.rewards.base import Checked
 from resonate_lib.rewards.recognisers import SpeechReward, compact
+from resonate_lib.speech.lines import draw_lines, natural
 
 RATE = 16000
 
@@ -101,6 +102,16 @@ def spoken():
 def sphinx():
     pytest.importorskip("pocketsphinx")
     return recognisers.Sphinx(speech.jsgf(long=False))
+
+
+def test_processes_hear_what_one_hears_in_the_same_order(sphinx, monkeypatch):
+    pytest.importorskip("espeakng_loader")
+    lines = draw_lines(17, split="validation", seed=2)
+    clips = natural(lines) + [torch.zeros(0)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = sphinx.transcribe(clips, RATE)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert sphinx.transcribe(clips, RATE) == alone and len(set(alone)) > 8 and alone[-1] == ""
 
 
 def test_pocketsphinx_hears_commands_whatever_came_before(sphinx, spoken):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +26,7 @@ from resonate_lib.rewards.base import RewardResult
 RATE = 16000
 TOKENS, TOKENS_PER_SECOND = 10, 8  # at most so many from Whisper: twice what fast speech holds; a loop would fill 224
 SHORTEST = 0.1  # seconds: nothing is heard in less
+CLIPS_A_WORKER = 8  # fewer are not worth a process
 DITHER = 3e-3  # uniform, of full scale: without it pocketsphinx takes digital silence between words for speech
 
 
@@ -49,7 +52,8 @@ def clips_of(audio: Tensor | Sequence[Tensor], sample_rate: int) -> list[np.ndar
 class Sphinx:
     """pocketsphinx with its English acoustic model and a JSGF grammar (None: its own language model of English).
 
-    Dither comes first, from one seed, and the features begin anew: the same clip is heard the same whatever came before it.
+    Dither comes first, from one seed, and the features begin anew: the same clip is heard the same whatever came before it, so
+    that many clips are shared out to processes, where processes can be forked.
     ValueError for a grammar it cannot read or with a word its dictionary lacks.
     """
 
@@ -66,7 +70,12 @@ class Sphinx:
                 raise ValueError(f"pocketsphinx cannot use this grammar ({error}): check its JSGF and each word") from None
 
     def transcribe(self, audio: Tensor | Sequence[Tensor], sample_rate: int) -> list[str]:
-        return [self._hear(clip) for clip in clips_of(audio, sample_rate)]
+        clips = clips_of(audio, sample_rate)
+        workers = min(4, torch.get_num_threads(), len(clips) // CLIPS_A_WORKER)
+        if workers < 2 or "fork" not in get_all_start_methods():  # a decoder cannot be sent to a process, only be inherited
+            return [self._hear(clip) for clip in clips]
+        with ProcessPoolExecutor(workers, get_context("fork"), initializer=_inherit, initargs=(self,)) as pool:
+            return list(pool.map(_hear, clips, chunksize=4))
 
     def _hear(self, clip: np.ndarray) -> str:
         if len(clip) < SHORTEST * RATE:
@@ -81,6 +90,16 @@ class Sphinx:
             self.decoder.end_utt()
         heard = self.decoder.hyp()
         return rules.spoken(heard.hypstr) if heard else ""
+
+
+def _inherit(ear: Sphinx) -> None:
+    """In a forked process: the recogniser that `_hear` hears with."""
+    global inherited
+    inherited = ear
+
+
+def _hear(clip: np.ndarray) -> str:
+    return inherited._hear(clip)
 
 
 def _read_fsg(fsg):
