@@ -160,6 +160,17 @@ def test_the_whole_suite_from_scratch(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_rows_that_are_asked_for_are_trained_and_compared(tmp_path):
+    made = run(tmp_path, "--only", "04,05,06", "-p", "same_steps", "1", "-p", "nft_reward", "lalm", "-p", "fine_steps", "1")
+    rows = json.loads((made / "metrics" / "tta_headline.json").read_text())
+    assert {"GRPO (LALM, fine)", "GRPO (NFT's reward)"} <= {row["system"] for row in rows}
+    facts = {name: json.loads((made / "checkpoints" / name / "generator.json").read_text())
+             for name in ("nft", "grpo_same", "grpo_fine")}  # fmt: skip
+    assert facts["grpo_same"]["reward"] == facts["nft"]["reward"] == "lalm" and facts["grpo_fine"]["reward"] == "lalm_fine"
+    assert facts["grpo_same"]["algorithm"] == "grpo"
+
+
+@pytest.mark.slow
 def test_plain_papermill_works_in_a_scratch_folder(tmp_path):
     environment = {**os.environ, "RESONATE_RESULTS": str(tmp_path), "RESONATE_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "07_listening.ipynb"), str(tmp_path / "out.ipynb")]
