@@ -367,7 +367,6 @@ def _close(version: Path, run: dict[str, Any]) -> None:
 
 
 def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -> tuple[str, str]:
-    expected = {seed: _expected(plan, version, seed) for seed in plan.request.seeds}
     waiting, params_dir = _waiting(plan, run), _kernel_params(plan, version)
     for place, (key, number, seed, inner) in enumerate(waiting):
         path, folder = plan.notebooks[number], version / inner if inner else version
@@ -375,6 +374,7 @@ def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -
         run["notebooks"][key] = {"status": "RUNNING", "started": now()}
         record.write_json(version / "run.json", run)
         cells = len(nbformat.read(path, as_version=4).cells)
+        expected = {later: _expected(plan, version, later) for later in plan.request.seeds}  # what is done by now included
         watch.begin(
             f"{key} ({place + 1}/{len(waiting)})",
             cells,
@@ -414,16 +414,18 @@ def _one(plan: Plan, number: str, seed: int, folder: Path, params_dir: Path, wat
 
 
 def _expected(plan: Plan, version: Path, seed: int) -> dict[str, float]:
-    """{number: seconds} for a seed: from the latest finished run of the same kind and the same settings, else from the
-    profile's tables, else a minute. Another seed than 0 trains its own base model, unless --from brings one."""
-
-    def kind(scratch: bool, brought, seed: int) -> str:
-        return "from_scratch" if scratch else "own_base" if seed and not brought else ""
+    """{number: seconds} for a seed: from the latest run of the same kind and the same settings (this one's earlier seeds too),
+    else from the profile's tables, else a minute. Another seed than 0 trains its own base model, unless --from brings one."""
 
     profile = config.load_profile(plan.request.profile, plan.params_dir)
-    mine = kind(plan.request.from_scratch, plan.from_path, seed)
-    minutes = profile.get("minutes", {}) | (profile.get(f"minutes_{mine}", {}) if mine else {})
-    seconds = {number: 60.0 * float(minutes.get(number, 1)) for number in plan.notebooks}
+
+    def kind(number: str, scratch: bool, brought, seed: int) -> str:
+        """The table of minutes that this notebook has its own entry in, "" for the common one."""
+        name = "minutes_from_scratch" if scratch else "minutes_own_base" if seed and not brought else ""
+        return name if number in profile.get(name, {}) else ""
+
+    mine = {number: kind(number, plan.request.from_scratch, plan.from_path, seed) for number in plan.notebooks}
+    seconds = {number: 60.0 * float(profile.get(table or "minutes", {}).get(number, 1)) for number, table in mine.items()}
     for name in versions.table(version.parent)["version"]:
         with contextlib.suppress(ValueError, KeyError):
             run = versions.read(version.parent / name)
@@ -431,10 +433,11 @@ def _expected(plan: Plan, version: Path, seed: int) -> dict[str, float]:
                 continue
             for key, item in run["notebooks"].items():
                 folder, _, notebook = key.rpartition("/")
-                its = int(folder.removeprefix("seed")) if folder else run["seeds"][0]
-                same = run["overrides"].get(notebook[:2]) == plan.parameters.get(notebook[:2])
-                if same and item["status"] == "DONE" and kind(run["from_scratch"], run["from"], its) == mine:
-                    seconds[notebook[:2]] = float(item["seconds"])
+                its, number = int(folder.removeprefix("seed")) if folder else run["seeds"][0], notebook[:2]
+                same = run["overrides"].get(number) == plan.parameters.get(number)
+                same = same and kind(number, run["from_scratch"], run["from"], its) == mine.get(number)
+                if same and item["status"] == "DONE":
+                    seconds[number] = float(item["seconds"])
     return seconds
 
 

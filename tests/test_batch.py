@@ -548,6 +548,14 @@ def test_estimates_come_from_earlier_runs(folder):
     assert batch._expected(plan, version.parent / "0002-tiny-00000000", 0)["04"] == run["notebooks"]["04_a"]["seconds"]
 
 
+def test_later_seeds_are_expected_to_take_what_earlier_ones_took(folder, monkeypatch):
+    told, begin = [], batch.kernel.Watch.begin
+    write_notebook(folder, "04_a.ipynb", "1")
+    monkeypatch.setattr(batch.kernel.Watch, "begin", lambda *a: (told.append(a[3]), begin(*a))[1])
+    _, run = batch.start(Request(seeds=(0, 1)))
+    assert told == [60, run["notebooks"]["seed0/04_a"]["seconds"]]
+
+
 def test_a_disk_that_fills_up_is_recorded(folder, monkeypatch):
     """The kernel's own writes fail in a cell; the runner's fail in Papermill's saving."""
     write_notebook(folder, "04_a.ipynb", "import errno; raise OSError(errno.ENOSPC, 'No space left on device')")
