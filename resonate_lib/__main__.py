@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, default=25)
     what = "folder of a generator that the suite saved; or a folder, file or hub id of published weights (default: shipped)"
     generate.add_argument("--weights", help=what)
-    results = commands.add_parser("results", help="list versions; compare A B [C ...]: how others differ from A, with intervals")
+    what = "list versions; compare A B ...: how others differ from A, with intervals; pool A B ...: their seeds as one version"
+    results = commands.add_parser("results", help=what)
     results.add_argument("versions", nargs="*", metavar="VERSION", help="number, name or folder; one: its notebooks")
     form = results.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="tables for a README or an issue")
@@ -168,11 +169,17 @@ def generate_command(options: argparse.Namespace) -> int:
 
 
 def results_command(options: argparse.Namespace) -> int:
-    """No name: all versions. One: its notebooks. Two or more, with or without `compare`: how the others differ from the first."""
+    """No name: all versions. One: its notebooks. Two or more, with or without `compare`: how the others differ from the first.
+    `pool` and two or more: a new version of all their seeds."""
     from resonate_lib import versions
     from resonate_lib.evaluation import tables
 
     show = tables.to_markdown if options.markdown else tables.to_latex if options.latex else _plain
+    if options.versions[:1] == ["pool"]:
+        from resonate_lib import seeds
+
+        print(seeds.pool(options.versions[1:]))
+        return 0
     if options.versions[:1] == ["compare"] or len(options.versions) > 1:
         from resonate_lib.evaluation import across
 

@@ -19,7 +19,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from resonate_lib import config, kernel, record, runs, versions
+from resonate_lib import config, kernel, record, runs, seeds, versions
 from resonate_lib.config import CHECKOUT
 from resonate_lib.parameters import SHARED, check, discover, inspect, reach
 
@@ -291,48 +291,6 @@ def _kernel_params(plan: Plan, version: Path) -> Path:
     return record.atomic_write(version / "profile" / f"{plan.request.profile}.yaml", text).parent
 
 
-def _summarise(plan: Plan, version: Path) -> None:
-    """Means over the seeds at the version's top; the tables and words of notebooks 06 and 08 from the rows of all seeds instead."""
-    versions.summarise(version)
-    bootstrap = {**plan.payload["config"]["eval"], **plan.parameters.get("06", {})}["bootstrap"]
-    if any(version.glob("seed*/metrics/tta_rows.csv")):
-        _summarise_benchmark(version, bootstrap)
-    if any(version.glob("seed*/metrics/ppo_rows.csv")):
-        _summarise_methods(version, bootstrap)
-
-
-def _summarise_benchmark(version: Path, n: int) -> None:
-    from resonate_lib import plots  # torch is only loaded where it is needed
-    from resonate_lib.evaluation import metrics, report, suite
-
-    tables, said, main = suite.over_seeds(version, n=n)
-    for name, table in tables.items():
-        runs.write_table(version / "metrics", name, table)
-    table = tables["tta_headline"]
-    runs.write_table(version / "metrics", "tta_words", {"words": said})
-    names = [main, *(name for name in metrics.HEADLINE if name in table and name != main)]
-    record.atomic_write(version / "metrics" / "tta_headline.md", report.to_markdown(report.readable(table, names[:3])))
-    record.atomic_write(version / "metrics" / "tta_headline.tex", report.to_latex(report.readable(table, names[:1])))
-    title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds"
-    plots.save(plots.gains(table, metric=main, title=title), version / "figures" / "tta_gains.png")
-
-
-def _summarise_methods(version: Path, n: int) -> None:
-    from resonate_lib import plots
-    from resonate_lib.evaluation import efficiency, report
-
-    made = int(versions.read_table(version / "metrics" / "ppo_table.csv")["clips_made"].max())  # the seeds' own tables say so
-    table, names = efficiency.outcome(versions.read_rows(version, "ppo_rows"), clips=made, n=n)
-    runs.write_table(version / "metrics", "ppo_table", table)
-    judged = [name for name in names if name not in ("reward", "order")][:2]
-    shown = efficiency.shown(table, ["reward", *judged])
-    record.atomic_write(version / "metrics" / "ppo_table.md", report.to_markdown(shown))
-    title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds, {made} clips a method"
-    for metric in ("reward", *judged[:1]):
-        figure = plots.gains(table, metric=metric, base="its own base", title=title)
-        plots.save(figure, version / "figures" / f"ppo_gains_{metric}.png")
-
-
 def _run(plan: Plan, version: Path, run: dict[str, Any], every: float) -> dict[str, Any]:
     """Execute what is not DONE, and close the record. A full disk or Ctrl-C ends the run with its reason."""
     begun, before = time.monotonic(), run["seconds"]
@@ -343,7 +301,8 @@ def _run(plan: Plan, version: Path, run: dict[str, Any], every: float) -> dict[s
             status, reason = _jobs(plan, version, run, watch)
             if status == "DONE" and len(plan.request.seeds) > 1:
                 summing = True
-                _summarise(plan, version)
+                evaluated = {**plan.payload["config"]["eval"], **plan.parameters.get("06", {})}
+                seeds.summarise(version, evaluated["bootstrap"])
     except KeyboardInterrupt:
         status, reason = "INTERRUPTED", "interrupted between notebooks"
     except OSError as error:

@@ -387,6 +387,34 @@ def test_the_benchmark_over_seeds_pools_their_rows(folder):
     words = json.loads((version / "metrics" / "tta_words.json").read_text())["words"]
     assert "20 prompts, 2 seeds" in words and "Of the alternatives, best of 2 beats base" in words
     assert (version / "figures" / "tta_gains.png").stat().st_size > 1000 and "figures/tta_gains.png" in run["artefacts"]
+    apart = [batch.start(Request(seeds=(seed,)))[0].name for seed in (1, 0)]
+    assert cli.main(["results", "pool", *apart]) == 0
+    pooled = versions.find("latest")
+    mine, theirs = (sorted(path for path in top.rglob("metrics/*") if path.is_file()) for top in (pooled, version))
+    assert [path.relative_to(pooled) for path in mine] == [path.relative_to(version) for path in theirs] and len(mine) > 20
+    assert [path.read_bytes() for path in mine] == [path.read_bytes() for path in theirs]
+    run = versions.read(pooled)
+    assert list(run["notebooks"]) == ["seed0/06_a", "seed1/06_a"] and run["seeds"] == [0, 1] and run["sources_differ"] == []
+    assert [part["version"] for part in run["pooled"]] == apart and all(part["git"] for part in run["pooled"])
+    assert set(versions.verify(pooled).query("kind == 'artefact'")["state"]) == {"ok"}
+    assert not [*pooled.glob("seed*/run.json"), *pooled.glob("seed*/params.yaml")]
+
+
+def test_only_finished_runs_of_the_same_settings_and_other_seeds_are_pooled(folder, capsys):
+    write_notebook(folder, "04_a.ipynb", OPEN, "run.write_metrics('m', {'x': seed, 'steps': steps})\nassert seed != 3")
+    wanted = [Request(), Request(seeds=(1,), overrides={"steps": 7}), Request(), Request(seeds=(3,))]
+    for request in wanted:
+        batch.start(request)
+    for names, words in (
+        (["1"], "two versions or more"),
+        (["1", "2"], "differ in overrides: only runs of the same settings"),
+        (["1", "3"], "seed 0 is in more than one"),
+        (["1", "4"], "is FAILED: finish it first (run --resume 0004-tiny-"),
+        (["1", "9"], "version"),
+    ):
+        assert cli.main(["results", "pool", *names]) == 2
+        assert words in capsys.readouterr().err
+    assert len(versions.table()) == 4
 
 
 RECORDINGS = "folder: str = None\ncaptions: str = None\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_algorithms import RECORDS, ToyGenerator, toy_reward, weights
 
-from resonate_lib import batch, dpo, training, versions
+from resonate_lib import dpo, seeds, training, versions
 from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig, resolve
 from resonate_lib.evaluation import efficiency, report, stats
 from resonate_lib.runs import write_table
@@ -170,7 +170,7 @@ def test_the_methods_over_seeds_are_compared_on_all_rows(tmp_path):
         write_table(tmp_path / f"seed{seed}" / "metrics", "ppo_rows", pooled[-1])
         write_table(tmp_path / f"seed{seed}" / "metrics", "ppo_table", efficiency.outcome(pooled[-1], clips=480, n=100)[0])
     versions.summarise(tmp_path)
-    batch._summarise_methods(tmp_path, 300)
+    seeds._methods(tmp_path, 300)
     table = versions.read_table(tmp_path / "metrics" / "ppo_table.csv").set_index("system")
     both = pd.concat(pooled, ignore_index=True)
     by_hand = report.paired(both, "PPO", "diffusion base", metric="reward").mean

@@ -1,0 +1,161 @@
+"""Several seeds as one result: the tables over all of them, and versions that ran apart pooled into one.
+
+A version of several seeds ends with `summarise`. Seeds that ran apart (one to a GPU, one to a night) are brought together by
+`pool`, with the same tables as if they had run in one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resonate_lib import record, runs, versions
+
+SAME = ("profile", "from_scratch", "overrides", "config")  # what pooled versions must agree in
+APART = ("version", "seeds", "from", "started", "ended", "seconds", "git", "packages", "machine", "resumed")  # what each keeps
+
+
+def summarise(version: Path, bootstrap: int) -> None:
+    """Means over the seeds at the version's top; the tables and words of notebooks 06 and 08 from the rows of all seeds instead.
+
+    bootstrap: replicates. Raises OSError, and ValueError where the rows of the seeds do not fit together.
+    """
+    versions.summarise(version)
+    if any(version.glob("seed*/metrics/tta_rows.csv")):
+        _benchmark(version, bootstrap)
+    if any(version.glob("seed*/metrics/ppo_rows.csv")):
+        _methods(version, bootstrap)
+
+
+def pool(names: list[str], results: Path | None = None) -> Path:
+    """Copy the seeds of finished versions into a new one, and summarise them there; returns its folder.
+
+    They must agree in profile, parameters and configuration, and have different seeds; the record keeps under `pooled` when, where
+    and from which commit each came. Sources that differ are named on standard error and recorded. Raises ValueError, with nothing
+    left behind.
+    """
+    root = versions.results_dir(results)
+    folders = [versions.find(name, root) for name in names]
+    found = [versions.read(folder) for folder in folders]
+    _check(found)
+    places = {seed: _place(folder, run, seed) for folder, run in zip(folders, found, strict=True) for seed in run["seeds"]}
+    seeds = sorted(places)
+    plans = [yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8")) for folder in folders]
+    payload = {**plans[0], "seeds": seeds, "from": None}
+    sources = {path for run in found for path in run["inputs"]}
+    differ = sorted(path for path in sources if len({run["inputs"].get(path) for run in found}) > 1)
+    if differ:
+        print(f"note: sources differ between these versions: {', '.join(differ)}", file=sys.stderr)
+    megabytes = sum(path.stat().st_size for place in places.values() for path in place.rglob("*") if path.is_file()) // 2**20
+    versions.require_space(root, megabytes + 10)
+    version = versions.allocate(found[0]["profile"], payload, root)
+    try:
+        for seed, place in places.items():
+            shutil.copytree(place, version / f"seed{seed}", ignore=_not_a_seeds)
+        record.atomic_write(version / "params.yaml", yaml.safe_dump(payload, sort_keys=False, allow_unicode=True))
+        replicates = {**payload["config"]["eval"], **payload["overrides"].get("06", {})}["bootstrap"]
+        summarise(version, replicates)
+        record.write_json(version / "run.json", _record(version, found, payload, differ))
+    except BaseException:
+        shutil.rmtree(version, ignore_errors=True)
+        raise
+    return version
+
+
+def _check(found: list[dict[str, Any]]) -> None:
+    if len(found) < 2:
+        raise ValueError("pool needs two versions or more: results pool A B")
+    for run in found:
+        if run["status"] != "DONE":
+            raise ValueError(f"{run['version']} is {run['status']}: finish it first (run --resume {run['version']})")
+    first = found[0]
+    for other in found[1:]:
+        unlike = [key for key in SAME if other[key] != first[key]]
+        unlike += ["notebooks"] if _notebooks(other) != _notebooks(first) else []
+        if unlike:
+            raise ValueError(
+                f"{first['version']} and {other['version']} differ in {', '.join(unlike)}: only runs of the same settings can be "
+                f"pooled; `results compare` shows how they differ"
+            )
+    seeds = [seed for run in found for seed in run["seeds"]]
+    again = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if again:
+        raise ValueError(f"seed {', '.join(map(str, again))} is in more than one of these versions: give different seeds")
+
+
+def _notebooks(run: dict[str, Any]) -> set[str]:
+    return {key.rpartition("/")[2] for key in run["notebooks"]}
+
+
+def _place(folder: Path, run: dict[str, Any], seed: int) -> Path:
+    return folder / f"seed{seed}" if len(run["seeds"]) > 1 else folder
+
+
+def _not_a_seeds(folder: str, names: list[str]) -> set[str]:
+    """What stays behind: the record of a version of one seed, and working files."""
+    top = {"params.yaml", "profile"} if "run.json" in names else set()
+    return {name for name in names if name in {*top, *versions.UNHASHED}}
+
+
+def _record(version: Path, found: list[dict[str, Any]], payload: dict[str, Any], differ: list[str]) -> dict[str, Any]:
+    notebooks = {
+        f"seed{run['seeds'][0]}/{key}" if len(run["seeds"]) == 1 else key: item
+        for run in sorted(found, key=lambda run: min(run["seeds"]))
+        for key, item in run["notebooks"].items()
+    }
+    last = max(found, key=lambda run: run["ended"])
+    return {
+        "version": version.name,
+        "status": "DONE",
+        "exit_reason": "",
+        **{key: payload[key] for key in ("profile", "seeds", "from", "from_scratch", "overrides")},
+        "started": min(run["started"] for run in found),
+        "ended": last["ended"],
+        "seconds": round(sum(run["seconds"] for run in found), 1),
+        "peak_rss_mb": max(run["peak_rss_mb"] for run in found),
+        "runner": None,
+        **{key: last[key] for key in ("git", "packages", "machine")},
+        "config": payload["config"],
+        "notebooks": notebooks,
+        "inputs": last["inputs"],
+        "artefacts": record.tree(version, versions.UNHASHED),
+        "resumed": [],
+        "pooled": [{key: run[key] for key in APART} for run in found],
+        "sources_differ": differ,
+    }
+
+
+def _benchmark(version: Path, n: int) -> None:
+    from resonate_lib import plots  # torch is only loaded where it is needed
+    from resonate_lib.evaluation import metrics, report, suite
+
+    tables, said, main = suite.over_seeds(version, n=n)
+    for name, table in tables.items():
+        runs.write_table(version / "metrics", name, table)
+    table = tables["tta_headline"]
+    runs.write_table(version / "metrics", "tta_words", {"words": said})
+    names = [main, *(name for name in metrics.HEADLINE if name in table and name != main)]
+    record.atomic_write(version / "metrics" / "tta_headline.md", report.to_markdown(report.readable(table, names[:3])))
+    record.atomic_write(version / "metrics" / "tta_headline.tex", report.to_latex(report.readable(table, names[:1])))
+    title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds"
+    plots.save(plots.gains(table, metric=main, title=title), version / "figures" / "tta_gains.png")
+
+
+def _methods(version: Path, n: int) -> None:
+    from resonate_lib import plots
+    from resonate_lib.evaluation import efficiency, report
+
+    made = int(versions.read_table(version / "metrics" / "ppo_table.csv")["clips_made"].max())  # the seeds' own tables say so
+    table, names = efficiency.outcome(versions.read_rows(version, "ppo_rows"), clips=made, n=n)
+    runs.write_table(version / "metrics", "ppo_table", table)
+    judged = [name for name in names if name not in ("reward", "order")][:2]
+    shown = efficiency.shown(table, ["reward", *judged])
+    record.atomic_write(version / "metrics" / "ppo_table.md", report.to_markdown(shown))
+    title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds, {made} clips a method"
+    for metric in ("reward", *judged[:1]):
+        figure = plots.gains(table, metric=metric, base="its own base", title=title)
+        plots.save(figure, version / "figures" / f"ppo_gains_{metric}.png")
