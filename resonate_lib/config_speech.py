@@ -103,6 +103,7 @@ class SynthesisConfig(Config):
     objective: str = knob("both", choices=("grpo", "diffro", "both"))
     filtering: bool = True  # leave out failed decodes, odd lengths and groups without spread
     steps: int = knob(16, low=1)  # rounds of sampling and updating
+    line_pool: int = knob(16, low=1)  # training lines that rounds draw from: what is learnt of one hardly carries over to others
     lines_per_step: int = knob(8, low=1)
     group_size: int = knob(8, low=2, why="a group of one has no advantage; use 2 or more")  # samples of a line
     max_tokens: int = knob(170, low=1)  # of a sample, 5.4 s; one that has not ended by then has failed

@@ -374,6 +374,21 @@ def test_gradients_of_parts_add_up_to_that_of_the_whole(speaker, reader, monkeyp
         assert {key: metrics[key] for key in same} == pytest.approx({key: found[0][1][key] for key in same}, abs=1e-3)
 
 
+def test_the_gradient_of_a_round_is_that_of_its_update_without_the_kl_and_leaves_no_trace(speaker, reader, monkeypatch):
+    before = [p.clone() for p in speaker.model.parameters()]
+    for objective in ("grpo", "diffro"):
+        config = replace(CONFIG, objective=objective, filtering=False, epochs=1, max_grad_norm=1e9, beta=0.5)
+        found = rl.round_gradient(speaker, reader, long_is_good, LINES, config, seed=3)
+        assert torch.equal(found, rl.round_gradient(speaker, reader, long_is_good, LINES, replace(config, beta=0.0), seed=3))
+        in_parts = rl.round_gradient(speaker, reader, long_is_good, LINES, replace(config, micro_batch=9), seed=3)
+        assert torch.equal(found, in_parts) and found.norm() > 0
+        assert all(p.grad is None and torch.equal(p, old) for p, old in zip(speaker.model.parameters(), before, strict=True))
+        other = rl.round_gradient(speaker, reader, long_is_good, LINES, config, seed=4)
+        assert abs(torch.nn.functional.cosine_similarity(found, other, dim=0)) < 0.9
+    with pytest.raises(ValueError, match="nothing was kept"):
+        rl.round_gradient(speaker, reader, silent, LINES, replace(CONFIG, objective="grpo", filtering=True), seed=3)
+
+
 def test_both_objectives_together_carry_one_kl(speaker, reader, monkeypatch):
     monkeypatch.setattr(rl, "gumbel_softmax", soft)
     kept, losses = kept_round(speaker, [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]), {}

@@ -8,7 +8,7 @@ the multi-task parts (pitch, rate, quality) are read from the tokens in GRPO too
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -248,6 +248,27 @@ def round_metrics(spoken: Spoken) -> dict[str, float]:
         "kept": spoken.keep.float().mean().item(),
         **{f"dropped_{reason}": number / count for reason, number in spoken.dropped.items()},
     }
+
+
+def round_gradient(speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, *, seed: int = 0) -> Tensor:
+    """The gradient (weights,) of the objective's loss, without its KL, in one round on these lines; the speaker stays as it is.
+
+    Two rounds whose gradients have no cosine have nothing to tell each other: what the one learns the other does not confirm.
+    ValueError where nothing was kept.
+    """
+    random, turns, config = torch.Generator().manual_seed(seed), taking_turns(speaker, reader), replace(config, beta=0.0)
+    kept = kept_of(roll_out(speaker, reader, reward, lines, config, random, turns))
+    if not len(kept.lines):
+        raise ValueError(f"of {len(lines)} lines x {config.group_size} samples nothing was kept: no gradient to look at")
+    speaker.model.zero_grad(set_to_none=True)
+    with turns.take("policy", "reader"):
+        for part in parts(len(kept.lines), config.micro_batch):
+            loss, _ = part_loss(speaker, reader, kept, part, config, config.gumbel_start, random)
+            (loss * (part.stop - part.start) / len(kept.lines)).backward()
+        found = torch.cat([p.grad.flatten().cpu() for p in speaker.model.parameters() if p.grad is not None])
+        speaker.model.zero_grad(set_to_none=True)
+    turns.end("policy", "reader")
+    return found
 
 
 def taking_turns(speaker: Speaker, reader: TokenReader, timeline: Timeline | None = None, **others) -> Turns:
