@@ -333,9 +333,13 @@ def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -
         run["notebooks"][key] = {"status": "RUNNING", "started": now()}
         record.write_json(version / "run.json", run)
         cells = len(nbformat.read(path, as_version=4).cells)
-        expected = _expected(plan, version)  # what is done by now included
-        later = sum(expected[name] for _, name, *_ in waiting[place + 1 :])
-        watch.begin(f"{key} ({place + 1}/{len(waiting)})", cells, expected[number], later)
+        expected = {later: _expected(plan, version, later) for later in plan.request.seeds}  # what is done by now included
+        watch.begin(
+            f"{key} ({place + 1}/{len(waiting)})",
+            cells,
+            expected[seed][number],
+            sum(expected[later][name] for _, name, later, _ in waiting[place + 1 :]),
+        )
         outcome = _one(plan, number, seed, folder, params_dir, watch)
         notes = folder / "notes" / f"{path.stem}.json"
         run["notebooks"][key] = {
@@ -368,22 +372,30 @@ def _one(plan: Plan, number: str, seed: int, folder: Path, params_dir: Path, wat
     return kernel.execute(path, folder / "notebooks" / path.name, values, variables, watch)
 
 
-def _expected(plan: Plan, version: Path) -> dict[str, float]:
-    """{number: seconds}: from the latest run of the same settings (this one's earlier seeds too), and as much from
-    scratch where that has a time of its own; else from the profile's tables, else a minute."""
+def _expected(plan: Plan, version: Path, seed: int) -> dict[str, float]:
+    """{number: seconds} for a seed: from the latest run of the same kind and the same settings (this one's earlier seeds too),
+    else from the profile's tables, else a minute. Another seed than 0 trains its own base model, unless --from brings one."""
+
     profile = config.load_profile(plan.request.profile, plan.params_dir)
-    scratch, own = plan.request.from_scratch, profile.get("minutes_from_scratch", {})
-    table = {**profile.get("minutes", {}), **(own if scratch else {})}
-    seconds = {number: 60.0 * float(table.get(number, 1)) for number in plan.notebooks}
+
+    def kind(number: str, scratch: bool, brought, seed: int) -> str:
+        """The table of minutes that this notebook has its own entry in, "" for the common one."""
+        name = "minutes_from_scratch" if scratch else "minutes_own_base" if seed and not brought else ""
+        return name if number in profile.get(name, {}) else ""
+
+    mine = {number: kind(number, plan.request.from_scratch, plan.from_path, seed) for number in plan.notebooks}
+    seconds = {number: 60.0 * float(profile.get(table or "minutes", {}).get(number, 1)) for number, table in mine.items()}
     for name in versions.table(version.parent)["version"]:
         with contextlib.suppress(ValueError, KeyError):
             run = versions.read(version.parent / name)
             if run["profile"] != plan.request.profile or run["config"] != plan.payload["config"]:
                 continue
             for key, item in run["notebooks"].items():
-                number = key.rpartition("/")[2][:2]
-                same = number in seconds and run["overrides"].get(number) == plan.parameters.get(number)
-                if same and item["status"] == "DONE" and (run["from_scratch"] == scratch or number not in own):
+                folder, _, notebook = key.rpartition("/")
+                its, number = int(folder.removeprefix("seed")) if folder else run["seeds"][0], notebook[:2]
+                same = run["overrides"].get(number) == plan.parameters.get(number)
+                same = same and kind(number, run["from_scratch"], run["from"], its) == mine.get(number)
+                if same and item["status"] == "DONE":
                     seconds[number] = float(item["seconds"])
     return seconds
 

@@ -19,7 +19,7 @@ from resonate_lib.config_speech import RecognitionConfig, SpeakerConfig, SpeechC
 from resonate_lib.knobs import Config, field_types, knob, unknown
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-MINUTES_KEYS = ("minutes", "minutes_from_scratch")  # {notebook number: minutes}, for the first estimate
+MINUTES_KEYS = ("minutes", "minutes_own_base", "minutes_from_scratch")  # {notebook number: minutes}, for the first estimate
 
 TRAINED = ("all", "attention", "lora")
 

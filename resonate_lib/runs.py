@@ -143,8 +143,8 @@ class Run:
         """The file or folder `<kind>/<name>` of an earlier stage, and a note of where it came from and its sha256.
 
         Looked for in this run, then in `--from VERSION` (its seed's folder, else its top), then (checkpoints only, not
-        with --from-scratch) among the shipped weights of the profile. Raises ValueError when it is nowhere; None if
-        `optional`.
+        with --from-scratch) among the shipped weights of the profile. A shipped base model of another seed is said and
+        noted (`base_seed`). Raises ValueError when it is nowhere; None if `optional`.
         """
         places = [("this run", self.path / kind / name)]
         if self.from_version is not None:
@@ -156,6 +156,8 @@ class Run:
         for source, path in places:
             if path.exists():
                 self.record("inputs", {name: {"source": source, "sha256": record.sha256_tree(path)}})
+                if name == "base" and source == "shipped":
+                    self._say_base_seed(path)
                 return path
         if optional:
             return None
@@ -170,6 +172,15 @@ class Run:
         """Eight hex digits that tell the weights of these checkpoints, of those that are there, from all others."""
         found = {name: self.resolve_input(name, optional=True) for name in names}
         return record.hash8({name: record.sha256_tree(path) for name, path in found.items() if path is not None})
+
+    def _say_base_seed(self, folder: Path) -> None:
+        """Say and note that the shipped base model is of another seed; not in the notebook that trains the seed's own."""
+        facts = folder / "generator.json"
+        seed = json.loads(facts.read_text(encoding="utf-8")).get("seed") if facts.is_file() else None
+        if seed not in (None, self.seed) and not self.notebook.startswith(MADE_BY["base"]):
+            print(f"note: the shipped base model is that of seed {seed}; run notebook {MADE_BY['base']} with this seed for one of "
+                  "its own")
+            self.record("base_seed", seed)
 
     def generator(self, name: str = "base"):
         """The `Generator` called `name`, from where `resolve_input` finds it.

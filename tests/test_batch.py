@@ -160,24 +160,25 @@ def test_data_values_reach_every_notebook_and_survive_resume(folder, capsys):
     assert recorded["config"]["data"]["world_seed"] == 3 and "profile/tiny.yaml" in run["artefacts"]
 
 
-def test_the_estimate_knows_what_trains_from_scratch(folder):
-    table = "minutes: {'02': 1, '04': 2}\nminutes_from_scratch: {'02': 70}\n"
+def test_the_estimate_knows_who_trains_an_own_base(folder):
+    table = "minutes: {'02': 1, '04': 2}\nminutes_own_base: {'02': 30}\nminutes_from_scratch: {'02': 70}\n"
     (folder / "params" / "tiny.yaml").write_text("suite: {disk_mb: 1}\n" + table)
     for name in ("02_a", "04_b"):
         write_notebook(folder, f"{name}.ipynb", OPEN)
     results = folder.parent / "results"
     plan = batch.make_plan(Request(seeds=(0, 1)), results=results)
-    scratch = batch.make_plan(Request(from_scratch=True), results=results)
-    assert batch._expected(plan, results / "x") == {"02": 60, "04": 120}
-    assert batch._expected(scratch, results / "x") == {"02": 4200, "04": 120}
-    assert cli.main(["run"]) == 0  # says nothing about 02 from scratch
-    assert all(value < 60 for value in batch._expected(plan, results / "x").values())
-    measured = batch._expected(scratch, results / "x")
-    assert measured["02"] == 4200 and measured["04"] < 60
+    scratch = batch.make_plan(Request(seeds=(0, 1), from_scratch=True), results=results)
+    assert [batch._expected(plan, results / "x", seed) for seed in (0, 1)] == [
+        {"02": 60, "04": 120},
+        {"02": 1800, "04": 120},
+    ]
+    assert batch._expected(scratch, results / "x", 0)["02"] == batch._expected(scratch, results / "x", 1)["02"] == 4200
+    assert cli.main(["run"]) == 0  # measured for seed 0, which says nothing about an own base
+    assert batch._expected(plan, results / "x", 0)["02"] < 60 and batch._expected(plan, results / "x", 1)["02"] == 1800
     longer = batch.make_plan(Request(overrides={"04.steps": "9", "train_clips": "99"}), results=results)
-    assert batch._expected(longer, results / "x")["02"] == 60  # other data: that run says nothing about this one
+    assert batch._expected(longer, results / "x", 0)["02"] == 60  # other data: that run says nothing about this one
     longer = batch.make_plan(Request(overrides={"04.steps": "9"}), results=results)
-    assert batch._expected(longer, results / "x")["02"] < 60 and batch._expected(longer, results / "x")["04"] == 120
+    assert batch._expected(longer, results / "x", 0)["02"] < 60 and batch._expected(longer, results / "x", 0)["04"] == 120
 
 
 def test_space_is_asked_for_every_seed_and_where_corpora_go(folder, monkeypatch, capsys):
@@ -572,7 +573,7 @@ def test_estimates_come_from_earlier_runs(folder):
     write_notebook(folder, "04_a.ipynb", "1")
     version, run = batch.start(Request())
     plan = batch.make_plan(Request(), results=version.parent)
-    assert batch._expected(plan, version.parent / "0002-tiny-00000000")["04"] == run["notebooks"]["04_a"]["seconds"]
+    assert batch._expected(plan, version.parent / "0002-tiny-00000000", 0)["04"] == run["notebooks"]["04_a"]["seconds"]
 
 
 def test_later_seeds_are_expected_to_take_what_earlier_ones_took(folder, monkeypatch):

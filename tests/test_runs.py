@@ -198,6 +198,19 @@ def test_from_scratch_uses_nothing_shipped(run, tmp_path, monkeypatch):
         runs.open_run(profile="tiny").resolve_input("base")
 
 
+def test_a_shipped_base_of_another_seed_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "shipped_weights", lambda profile: tmp_path / "shipped")
+    monkeypatch.setenv("RESONATE_RESULTS", str(tmp_path))
+    record.write_json(tmp_path / "shipped" / "base" / "generator.json", {"seed": 0})
+    for seed, notebook, said in ((0, "03_a", False), (1, "03_a", True), (1, "02_a", False)):
+        monkeypatch.setenv("RESONATE_NOTEBOOK", notebook)
+        opened = runs.open_run(seed=seed)
+        opened.resolve_input("base")
+        notes = json.loads((opened.path / "notes" / f"{notebook}.json").read_text())
+        assert ("note: the shipped base model is that of seed 0; run notebook 02" in capsys.readouterr().out) == said
+        assert notes.get("base_seed") == (0 if said else None)
+
+
 def test_doctor_knows_every_shipped_model():
     assert {path.name for path in (runs.CHECKOUT / "resonate_lib" / "weights" / "tiny").iterdir()} == set(doctor.WEIGHTS)
 

@@ -76,15 +76,17 @@ def vary_level(corpus: Corpus, *, seed: int = 0) -> None:
 
 
 def to_build(run, world) -> list[str]:
-    """What notebook 02 trains before anything else: from scratch everything, else nothing, whatever the seed: seeds are of
-    training, from one base, as with published weights.
+    """What a run trains before anything else: all of it from scratch; else the base where the shipped one is of another seed.
 
     Of recordings in a folder the base alone, from scratch: its rewards are published models.
     """
+    found = None if run.from_scratch else run.resolve_input("base", optional=not world.knows_events)
     if run.from_scratch:
         return ["base", "lalm", "lalm_eval", "judge", "clap", "clap_eval"] if world.knows_events else ["base"]
-    found = run.resolve_input("base", optional=not world.knows_events)
-    return ["base"] if found == run.checkpoint("base") else []  # trained by this run before it was interrupted
+    if found is None:
+        return []
+    own = found == run.checkpoint("base") or (world.knows_events and Generator.facts(found).get("seed", run.seed) != run.seed)
+    return ["base"] if own else []
 
 
 def to_build_diffusion(run, world) -> list[str]:
