@@ -207,8 +207,8 @@ def fit_rounds(
 
     one_round(i, chosen, optimizer, random) -> (metrics, what it made), on config.prompts_per_step different records. Around it: the
     rate's warm-up; watch(made) by config.watch_every (`heard_by`; one with a state_dict is saved and restored too); with config.ema
-    the average of the weights over the rounds, which is what remains at the end; callback(i, metrics). modules: by name, what else
-    changes and must be in the checkpoint (`training.fit`).
+    the average of the weights over the rounds, which is what remains at the end; callback(i, metrics), while the policy is what it
+    would be if this round were the last. modules: what else changes and must be in the checkpoint (`training.fit`), by name.
     """
     average = companion_of(policy, "average") if config.ema else policy
     optimizer = make_optimizer(policy, config.learning_rate)
@@ -220,7 +220,8 @@ def fit_rounds(
         if config.ema:
             average_in(average, policy, i, config.ema)
         if callback is not None:
-            callback(i, metrics)
+            with holding(policy, average):
+                callback(i, metrics)
         return metrics
 
     modules = {"network": policy, "optimizer": optimizer, **modules} | ({"average": average} if config.ema else {})
@@ -419,6 +420,20 @@ def follow(old: torch.nn.Module, new: torch.nn.Module, decay: float) -> None:
     for kept, trained in zip(old.parameters(), new.parameters(), strict=True):
         if trained.requires_grad:
             kept.lerp_(trained, 1 - decay)
+
+
+@contextlib.contextmanager
+def holding(policy, other) -> Iterator[None]:
+    """Within the block `policy` has the weights of `other`, one equal in kind."""
+    if other is policy:
+        yield
+        return
+    own = {name: value.clone() for name, value in policy.state_dict().items()}
+    policy.load_state_dict(other.state_dict())
+    try:
+        yield
+    finally:
+        policy.load_state_dict(own)
 
 
 def average_in(average: torch.nn.Module, network: torch.nn.Module, step: int, decay: float) -> None:

@@ -375,16 +375,28 @@ def test_an_unknown_part_of_the_weights_is_an_error():
 
 
 @pytest.mark.parametrize(("module", "config"), LOOPS[:2], ids=LOOP_NAMES[:2])
-def test_online_training_ends_with_the_average_of_its_rounds(module, config):
-    world = ToyGenerator()
-    by_hand = [weights(world.network)]
+def test_online_training_ends_with_the_average_of_its_rounds_and_callbacks_see_it(module, config, monkeypatch):
+    world, average_in = ToyGenerator(), online.average_in
+    by_hand, moving = [weights(world.network)], [weights(world.network)]
 
-    def follow(i, _):
-        decay = min((1 + i) / (10 + i), 0.15)
-        by_hand.append(decay * by_hand[-1] + (1 - decay) * weights(world.network))
+    def spied(average, policy, i, decay):
+        assert torch.equal(weights(policy), weights(world.network))
+        moving.append(weights(policy))
+        decay_now = min((1 + i) / (10 + i), 0.15)
+        by_hand.append(decay_now * by_hand[-1] + (1 - decay_now) * moving[-1])
+        average_in(average, policy, i, decay)
 
-    module.train(world, toy_reward, RECORDS, dataclasses.replace(config, steps=4, ema=0.15), seed=0, callback=follow)
+    def look(i, _):
+        torch.testing.assert_close(weights(world.network), by_hand[i + 1])
+        assert not torch.equal(weights(world.network), moving[i + 1])
+
+    monkeypatch.setattr(online, "average_in", spied)
+    module.train(world, toy_reward, RECORDS, dataclasses.replace(config, steps=4, ema=0.15), seed=0, callback=look)
     torch.testing.assert_close(weights(world.network), by_hand[-1])
+    monkeypatch.undo()
+    unseen = ToyGenerator()
+    module.train(unseen, toy_reward, RECORDS, dataclasses.replace(config, steps=4, ema=0.15), seed=0)
+    assert torch.equal(weights(unseen.network), weights(world.network))  # looking changes nothing
 
 
 ATTENTION = {"trained": "attention", "guidance_scales": (1.0, 2.0)}
