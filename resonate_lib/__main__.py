@@ -152,18 +152,22 @@ def generate_command(options: argparse.Namespace) -> int:
             f"--out {options.out}: {suffix or 'no suffix'} is not an audio format; use .wav, .flac or .mp3"
         )
     from resonate_lib import audio
-    from resonate_lib.data import events
+    from resonate_lib.data import events, prompts
     from resonate_lib.models.generator import Generator
     from resonate_lib.runs import shipped_weights
 
+    known = prompts.vocabulary(options.prompt)
+    if not options.weights and not known.events:
+        names = ", ".join(sorted(events.EVENTS))
+        raise ValueError(f"{options.prompt!r} names no sound that the shipped model knows: use some of {names}")
+    if not options.weights and known.note:
+        print(f"note: {known.note}", file=sys.stderr)
     weights = Path(options.weights or shipped_weights("tiny") / "base")
     ours = (weights / "generator.json").is_file() or not options.weights
     generator = Generator.load(weights) if ours else Generator.load_published(options.weights)
     latents = generator.generate(
         [options.prompt], steps=options.steps, guidance_scale=options.guidance, seeds=[options.seed]
     )
-    if not options.weights and not events.mentioned(options.prompt):
-        print(f"note: the shipped model knows these sounds only: {', '.join(sorted(events.EVENTS))}", file=sys.stderr)
     print(audio.write(options.out, generator.decode(latents)[0].clamp(-1, 1), generator.sample_rate))
     return 0
 

@@ -309,6 +309,10 @@ def _run(plan: Plan, version: Path, run: dict[str, Any], every: float) -> dict[s
         status, reason = "FAILED", record.explain(error, version)
     except ValueError as error:
         status, reason = "FAILED", f"summary over the seeds: {error}" if summing else str(error)
+    except Exception as error:  # tables of notebooks that were changed may lack anything
+        if not summing:
+            raise
+        status, reason = "FAILED", f"summary over the seeds: {type(error).__name__}: {error}"
     with _undisturbed():
         run.update(status=status, exit_reason=reason, ended=now(), seconds=round(before + time.monotonic() - begun, 1))
         with contextlib.suppress(OSError):

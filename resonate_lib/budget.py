@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from resonate_lib import memory
+from resonate_lib import memory, reward_spec
 from resonate_lib.config import NOTEBOOK_CONFIGS, SECTIONS
 from resonate_lib.data import prompts
 from resonate_lib.knobs import Config
@@ -105,7 +105,8 @@ def _stage(config, number: str, section: str, given: Mapping[str, Any]) -> Confi
         return replace(_stage(config, number, "grpo", given), steps=1, prompts_per_step=2, minibatches=1)
     if section == HACK:
         own = _stage(config, number, "diffro", {})
-        return replace(own, steps=1, prompts_per_step=min(16, _stage(config, number, "nft", given).prompts_per_step), reward="loud")
+        most = min(16, _stage(config, number, "nft", given).prompts_per_step)
+        return replace(own, steps=1, prompts_per_step=most, reward="")  # loudness, which no model hears
     names, first = set(config[section]), section == NOTEBOOK_CONFIGS[number][0].section
     mine = {key: value for key, value in given.items() if key in names and (first or (key == "trained" and number != "08"))}
     mine |= {key.removeprefix(f"{section}_"): value for key, value in given.items() if key.removeprefix(f"{section}_") in names
@@ -151,8 +152,7 @@ def _heard(config, number: str, given: Mapping[str, Any], sections: tuple[str, .
     lines = [getattr(_stage(config, number, section, given), "reward", "") for section in sections]
     lines += [given.get("reward") or "lalm"] if number == "06" else []
     lines = [given.get("reward") or config["ppo"]["reward"]] if number == "08" else lines  # one for all methods
-    terms = (term.rpartition("*")[2].strip() for line in lines for term in line.split("+"))
-    named = {term.removesuffix("_fine") for term in terms} | set(HEARING.get(number, ()))  # lalm_fine asks lalm
+    named = {name for line in lines if line for name in reward_spec.judges(line)} | set(HEARING.get(number, ()))
     return [name for name in SCORERS if name in named]
 
 

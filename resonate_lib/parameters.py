@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from resonate_lib import config, knobs
+from resonate_lib import config, knobs, reward_spec
 
 SOURCES = ("clap_source", "lalm_source", "clap_eval_source", "lalm_eval_source", "roberta_source", "aesthetics_source",
            "msclap_source", "gpt2_source")  # fmt: skip
@@ -77,6 +77,9 @@ def check(
     for number, names in declared.items():
         mine = {name: _absolute(name, value) for name, value in given[number].items()}
         places = {name: _place(number, name) for name in mine}
+        for name in [name for name, value in mine.items() if name.split("_")[-1] == "reward" and isinstance(value, str) and value]:
+            rules = places[name] and places[name][0] is config.RecognitionConfig
+            mine[name] = _rules(mine[name]) if rules else _reward(name, mine[name])
         for cls in {place[0] for place in places.values() if place}:
             group = {place[1]: mine[name] for name, place in places.items() if place and place[0] is cls}
             values = config.plain(config.resolve(cls, profile, params_dir=params_dir, **group))
@@ -186,14 +189,33 @@ def _absolute(name: str, value: Any) -> Any:
     """
     if not isinstance(value, str) or not value.strip():
         return value
-    last = name.split("_")[-1]
-    if last == "reward":
-        return re.sub(r"[^+*]+\.py(?=:)", lambda match: str(_existing(name, match.group().strip())), value)
     if name in ("folder", "tta_bench", "prompt_list"):
         return str(_existing(name, value))
     if name in ("weights", "vae", "vocoder", "text", "source", *SOURCES) and Path(value).expanduser().exists():
         return str(_existing(name, value))
     return value
+
+
+def _reward(name: str, spec: str) -> str:
+    """A reward's line, checked (`reward_spec`), with its files as whole paths: kernels have another working directory."""
+    try:
+        reward_spec.check(spec)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(str(error).replace("reward=", f"{name}=", 1)) from None
+    terms = [(weight, _whole(own)) for weight, own in reward_spec.terms(spec)]
+    return "+".join(own if weight == 1 else f"{weight:g}*{own}" for weight, own in terms)
+
+
+def _rules(spec: str) -> str:
+    from resonate_lib.rewards.rules import parse_weights  # and torch with it
+
+    parse_weights(spec)
+    return spec
+
+
+def _whole(own: str) -> str:
+    where, _, function = own.rpartition(":")
+    return f"{Path(where).expanduser().resolve()}:{function}" if where.endswith(".py") else own
 
 
 def _existing(name: str, value: str) -> Path:

@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 
-from resonate_lib import record
+from resonate_lib import record, reward_spec
 from resonate_lib.config import CHECKOUT, DiffusionConfig, RewardConfig, SuiteConfig, derived, plain, resolve
 from resonate_lib.knobs import Config
 from resonate_lib.versions import allocate, compare, find, results_dir, summarise, verify
@@ -290,7 +290,7 @@ class Run:
         is empty."""
         from resonate_lib.rewards import load_reward
 
-        named = {term.rpartition("*")[2].strip().removesuffix("_fine") for term in spec.split("+")}  # lalm_fine asks lalm
+        named = reward_spec.judges(spec)
         places = {"clap": "file, directory or hub id", "lalm": "directory, hub id or server"}
         models = {name: self.scorer(name, text=text) for name in places if name in named}
         for name, model in models.items():

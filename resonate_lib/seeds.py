@@ -16,7 +16,7 @@ import yaml
 from resonate_lib import record, runs, versions
 
 SAME = ("profile", "from_scratch", "overrides", "config")  # what pooled versions must agree in
-APART = ("version", "seeds", "from", "started", "ended", "seconds", "git", "packages", "machine", "resumed")  # what each keeps
+APART = ("version", "seeds", "from", "started", "ended", "seconds", "git", "packages", "machine", "resumed", "pooled")
 
 
 def summarise(version: Path, bootstrap: int) -> None:
@@ -34,9 +34,9 @@ def summarise(version: Path, bootstrap: int) -> None:
 def pool(names: list[str], results: Path | None = None) -> Path:
     """Copy the seeds of finished versions into a new one, and summarise them there; returns its folder.
 
-    They must agree in profile, parameters and configuration, and have different seeds; the record keeps under `pooled` when, where
-    and from which commit each came. Sources that differ are named on standard error and recorded. Raises ValueError, with nothing
-    left behind.
+    They must agree in profile, parameters, configuration and in the models they were measured and rewarded by, and have different
+    seeds; the record keeps under `pooled` when, where and from which commit each came. Sources that differ are named on standard
+    error and recorded. Raises ValueError, with nothing left behind.
     """
     root = versions.results_dir(results)
     folders = [versions.find(name, root) for name in names]
@@ -76,6 +76,8 @@ def _check(found: list[dict[str, Any]]) -> None:
     for other in found[1:]:
         unlike = [key for key in SAME if other[key] != first[key]]
         unlike += ["notebooks"] if _notebooks(other) != _notebooks(first) else []
+        mine, theirs = _instruments(first), _instruments(other)
+        unlike += sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
         if unlike:
             raise ValueError(
                 f"{first['version']} and {other['version']} differ in {', '.join(unlike)}: only runs of the same settings can be "
@@ -91,6 +93,16 @@ def _notebooks(run: dict[str, Any]) -> set[str]:
     return {key.rpartition("/")[2] for key in run["notebooks"]}
 
 
+def _instruments(run: dict[str, Any]) -> dict[str, str]:
+    """{name: sha256} of the models that a run took as they were; bases are a seed's own, and what a run trained is its result."""
+    found = {}
+    for item in run["notebooks"].values():
+        inputs = item.get("notes", {}).get("inputs", {})
+        taken = {name: note for name, note in inputs.items() if isinstance(note, dict) and note.get("source") != "this run"}
+        found |= {name: note["sha256"] for name, note in taken.items() if "sha256" in note and name not in ("base", "diffusion")}
+    return found
+
+
 def _place(folder: Path, run: dict[str, Any], seed: int) -> Path:
     return folder / f"seed{seed}" if len(run["seeds"]) > 1 else folder
 
@@ -98,7 +110,7 @@ def _place(folder: Path, run: dict[str, Any], seed: int) -> Path:
 def _not_a_seeds(folder: str, names: list[str]) -> set[str]:
     """What stays behind: the record of a version of one seed, and working files."""
     top = {"params.yaml", "profile"} if "run.json" in names else set()
-    return {name for name in names if name in {*top, *versions.UNHASHED}}
+    return {name for name in names if name in {*top, *versions.UNHASHED} - {"answers"}}
 
 
 def _record(version: Path, found: list[dict[str, Any]], payload: dict[str, Any], differ: list[str]) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def _record(version: Path, found: list[dict[str, Any]], payload: dict[str, Any],
         "inputs": last["inputs"],
         "artefacts": record.tree(version, versions.UNHASHED),
         "resumed": [],
-        "pooled": [{key: run[key] for key in APART} for run in found],
+        "pooled": [{key: run[key] for key in APART if key in run} for run in found],
         "sources_differ": differ,
     }
 

@@ -109,7 +109,11 @@ def test_same_seed_twice_gives_the_same_metrics_and_seeds_are_summed_up(folder):
         (["-p", "world_seed", "x"], "world_seed='x': not a whole number"),
         (["-p", "data.world_sed", "1"], "unknown parameter of the data 'world_sed'; did you mean 'world_seed'"),
         (["-p", "steps=1", "-p", "steps=2"], "given 2 times"),
-        (["-p", "reward", "mine.py:score"], "no such file"),
+        (["-p", "reward", "mine.py:score"], "no file mine.py"),
+        (["-p", "reward", "clpa"], "no reward 'clpa' (nearest: 'clap')"),
+        (["-p", "reward", "0.5*clap+lalmm"], "no reward 'lalmm' (nearest: 'lalm')"),
+        (["-p", "reward", "x*clap"], "'x' is not a number"),
+        (["-p", "reward", f"{__file__}:recrod_of"], "no function 'recrod_of' (nearest: 'record_of')"),
         (["-p", "profile", "tinny"], "unknown profile 'tinny'; did you mean 'tiny'"),
         (["--profile", "tinny"], "unknown profile"),
         (["--only", "05"], "unknown notebook '05'; did you mean '04'"),
@@ -125,6 +129,16 @@ def test_bad_requests_start_nothing(folder, capsys, arguments, words):
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
     assert not (folder.parent / "results").exists()
+
+
+def test_a_reward_of_ones_own_is_a_whole_path_even_with_a_plus_in_it(folder, tmp_path, monkeypatch):
+    write_notebook(folder, "04_a.ipynb", "1", parameters=PARAMETERS + "reward: str = None\n")
+    (tmp_path / "a+b").mkdir()
+    (tmp_path / "a+b" / "mine.py").write_text("raise RuntimeError\ndef score(audio, sample_rate, prompts, metadata): ...\n")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("./a+b/mine.py:score", "clap+0.5*./a+b/mine.py:score"):
+        plan = batch.make_plan(Request(overrides={"reward": spec}), results=tmp_path / "results")
+        assert plan.parameters["04"]["reward"] == spec.replace("./", f"{tmp_path}/")
 
 
 def test_a_dotted_parameter_is_for_one_notebook_alone(folder, capsys):
@@ -398,6 +412,14 @@ def test_the_benchmark_over_seeds_pools_their_rows(folder):
     assert [part["version"] for part in run["pooled"]] == apart and all(part["git"] for part in run["pooled"])
     assert set(versions.verify(pooled).query("kind == 'artefact'")["state"]) == {"ok"}
     assert not [*pooled.glob("seed*/run.json"), *pooled.glob("seed*/params.yaml")]
+    content = json.loads((version.parent / apart[0] / "run.json").read_text())
+    content["notebooks"]["06_a"]["notes"]["inputs"] = {"judge": {"source": "shipped", "sha256": "1"}, "base": {"sha256": "2"}}
+    (version.parent / apart[0] / "run.json").write_text(json.dumps(content))
+    assert cli.main(["results", "pool", *apart]) == 0  # the other says nothing of a judge; bases may differ
+    content["notebooks"]["06_a"]["notes"]["inputs"]["judge"]["sha256"] = "3"
+    content["seeds"] = [0]
+    (version.parent / apart[1] / "run.json").write_text(json.dumps(content))
+    assert cli.main(["results", "pool", *apart]) == 2
 
 
 def test_only_finished_runs_of_the_same_settings_and_other_seeds_are_pooled(folder, capsys):

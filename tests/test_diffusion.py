@@ -513,7 +513,7 @@ def test_both_base_models_are_built_on_the_same_scenes(name, tmp_path):
     assert facts["seed"] == 1 and facts["steps"] == len(rows) and facts["clips"] == 48
 
 
-def test_notebook_08_trains_its_base_where_none_is_there(tmp_path):
+def test_bases_are_trained_where_none_is_there_and_the_flow_of_another_seed(tmp_path):
     from resonate_lib.evaluation import instruments
 
     world, none = SimpleNamespace(knows_events=True), SimpleNamespace(knows_events=False)
@@ -530,6 +530,11 @@ def test_notebook_08_trains_its_base_where_none_is_there(tmp_path):
     for case in (run(None), run(tmp_path / "own"), run(shipped, scratch=True)):
         assert instruments.to_build_diffusion(case, world) == ["diffusion"]
         assert instruments.to_build_diffusion(case, none) == []
+    assert [instruments.to_build(run(shipped, seed), world) for seed in (0, 1)] == [[], ["base"]]  # each seed has its own flow base
+    assert instruments.to_build(run(tmp_path / "own"), world) == ["base"]  # interrupted, and gone on with
+    assert len(instruments.to_build(run(None, scratch=True), world)) == 6
+    assert instruments.to_build(run(None, scratch=True), none) == ["base"]
+    assert instruments.to_build(run(None), none) == instruments.to_build(run(shipped, 1), none) == []
 
 
 def test_joined_parts_keep_what_a_chain_is():

@@ -5,7 +5,6 @@ text rules in `rules`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-BUILT_IN = ("clap", "lalm", "lalm_fine")
+from resonate_lib import reward_spec
+
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 LONGEST_TRIM = 0.1  # seconds that may be cut off silently: codecs round a clip up to whole frames
 
@@ -154,38 +154,10 @@ def load_reward(spec: str, **context: Any) -> Checked:
     (default: the checkpoints shipped with the package); `text` is the text encoder for CLAP (default: MiniLM).
     Raises ValueError or FileNotFoundError with the nearest match for a name that does not exist.
     """
-    if not isinstance(spec, str) or not spec.strip():
-        raise ValueError(f"reward={spec!r}: name a reward, such as 'clap', '0.5*clap+0.5*lalm' or 'my_reward.py:score'")
-    if Path(spec.rpartition(":")[0]).is_file():
-        return Checked(_load_function(spec), spec)
-    terms = [_parse_term(term.strip(), spec) for term in spec.split("+")]
+    terms = reward_spec.terms(spec)
     if len(terms) == 1 and terms[0][0] == 1.0:
         return Checked(_load_one(terms[0][1], context), terms[0][1])
     return Checked(WeightedMix([(weight, name, _load_one(name, context)) for weight, name in terms]), spec)
-
-
-def _parse_term(term: str, spec: str) -> tuple[float, str]:
-    weight, star, name = term.partition("*")
-    if not star:
-        return 1.0, _known(term, spec)
-    try:
-        return float(weight), _known(name.strip(), spec)
-    except ValueError as error:
-        if "could not convert" not in str(error):
-            raise
-        raise ValueError(f"reward={spec!r}: {weight!r} is not a number; write a sum as '0.5*clap+0.5*lalm'") from None
-
-
-def _known(name: str, spec: str) -> str:
-    if name in BUILT_IN or ":" in name:
-        return name
-    allowed = "'clap', 'lalm', 'lalm_fine', 'file.py:function' or 'module:function'"
-    raise ValueError(f"reward={spec!r}: no reward {name!r}{_nearest(name, BUILT_IN)}; allowed are {allowed}")
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f" (nearest: {close[0]!r})" if close else ""
 
 
 def _load_one(name: str, context: dict) -> Reward:
@@ -223,16 +195,13 @@ def _load_function(spec: str) -> FunctionReward:
     function = getattr(module, name, None)
     if not callable(function):
         offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = _nearest(name, offered)
+        near = reward_spec.nearest(name, offered)
         raise ValueError(f"reward={spec!r}: {where} has no function {name!r}{near}; it has {offered}")
     return FunctionReward(function)
 
 
 def _load_file(path: Path, spec: str) -> Any:
-    if not path.is_file():
-        folder = path.parent
-        files = [p.name for p in folder.glob("*.py")] if folder.is_dir() else []
-        raise FileNotFoundError(f"reward={spec!r}: no file {path}{_nearest(path.name, files)}; check the path")
+    reward_spec.file_of(path, spec)
     found = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(found)
     try:
