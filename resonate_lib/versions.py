@@ -190,10 +190,10 @@ def summarise(version: Path) -> list[str]:
     """Gather `seed*/metrics/*.csv` into `metrics/` at the version's top; returns the names written.
 
     Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n - 1), and a
-    column `seeds` counts them; what a seed lacks has no mean. An interval (`x_low` and `x_high` of `x`; `low` and `high` of the
-    column before them) becomes Student's 95 % interval over the seeds, which tells nothing of other prompts; p values (`p`, `*_p`,
-    `*_p_holm`) are left out, and so is an identifier that differs. Other tables are put one under another with a first column
-    `seed`. Tables of single clips (a column `id`) stay with their seeds.
+    column `seeds` counts them; what a seed lacks has no mean. With each mean stands Student's 95 % interval over the seeds, which
+    tells nothing of other prompts, as `x_low` and `x_high`, or as `low` and `high` after the column before them; not in curves (a
+    column `step`) that have none. p values (`p`, `*_p`, `*_p_holm`) are left out, and so is an identifier that differs. Other tables
+    are put one under another with a first column `seed`. Tables of single clips (a column `id`) stay with their seeds.
     """
     from resonate_lib.runs import write_table
 
@@ -293,7 +293,8 @@ def _over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
         half = student.ppf(0.975, len(every) - 1) * deviation / len(every) ** 0.5
         stem = "" if name == owner else f"{name}_"
         ends = {f"{stem}low": mean - half, f"{stem}high": mean + half}
-        new = {**(ends if set(ends) <= set(every[0]) else {}), f"{name}_std": deviation}
+        told = set(ends) <= set(every[0]) or "step" not in every[0]
+        new = {**(ends if told else {}), f"{name}_std": deviation}
         out[name], place = mean, out.columns.get_loc(name)
         for offset, (key, values) in enumerate(new.items(), start=1):
             out.insert(place + offset, key, values)

@@ -229,9 +229,12 @@ def test_summary_over_seeds(tmp_path):
         folder = tmp_path / f"seed{seed}" / "metrics"
         runs.write_table(folder, "headline", [{"model": "base", "f1": value}, {"model": "grpo", "f1": value + 1}])
         runs.write_table(folder, "curve", [{"step": step} for step in range(seed + 1)])
-    assert versions.summarise(tmp_path) == ["curve", "headline"]
+        runs.write_table(folder, "history", [{"step": step, "loss": step + value / 7} for step in range(2)])
+    assert versions.summarise(tmp_path) == ["curve", "headline", "history"]
+    curve = pd.read_csv(tmp_path / "metrics" / "history.csv")
+    assert "loss_std" in curve and "loss_low" not in curve
     table = pd.read_csv(tmp_path / "metrics" / "headline.csv")
-    assert list(table.columns) == ["model", "f1", "f1_std", "seeds"]
+    assert list(table.columns) == ["model", "f1", "f1_low", "f1_high", "f1_std", "seeds"]
     assert list(table["f1"]) == [2.0, 3.0] and table["f1_std"][0] == pytest.approx(np.std([1, 3], ddof=1), rel=1e-5)
     assert list(pd.read_csv(tmp_path / "metrics" / "curve.csv")["seed"]) == [0, 1, 1]
 
@@ -270,7 +273,8 @@ def test_summary_over_seeds_gives_the_ends_to_the_column_before_them(tmp_path, m
         runs.write_table(tmp_path / f"seed{seed}" / "metrics", "table", [row])
     versions.summarise(tmp_path)
     table = pd.read_csv(tmp_path / "metrics" / "table.csv")
-    assert list(table.columns) == ["system", mean, "low", "high", f"{mean}_std", "floor", "floor_std", "n", "n_std", "seeds"]
+    after = ["floor", "floor_low", "floor_high", "floor_std", "n", "n_low", "n_high", "n_std", "seeds"]
+    assert list(table.columns) == ["system", mean, "low", "high", f"{mean}_std", *after]
     assert table.loc[0, mean:"high"].tolist() == pytest.approx([2, -10.7062, 14.7062], rel=1e-5)
 
 
