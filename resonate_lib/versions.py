@@ -192,8 +192,8 @@ def summarise(version: Path) -> list[str]:
     Tables with the same rows in every seed become means: each numeric column `x` turns into `x` (mean), `x_std` (n - 1), and a
     column `seeds` counts them; what a seed lacks has no mean. With each mean stands Student's 95 % interval over the seeds, which
     tells nothing of other prompts, as `x_low` and `x_high`, or as `low` and `high` after the column before them; not in curves (a
-    column `step`) that have none. p values (`p`, `*_p`, `*_p_holm`) are left out, and so is an identifier that differs. Other tables
-    are put one under another with a first column `seed`. Tables of single clips (a column `id`) stay with their seeds.
+    column `step`) that have none. p values (`p`, `*_p`, `*_p_holm`) are left out, and so is an identifier that differs. Tables of
+    other rows are put one under another with a first column `seed`. Tables of single clips (a column `id`) stay with their seeds.
     """
     from resonate_lib.runs import write_table
 
