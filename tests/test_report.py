@@ -130,8 +130,47 @@ def test_no_table_shows_a_mean_without_its_interval():
     shown = report.readable(report.headline_table(rows, names=("exact",)), ("exact",))
     assert list(shown.columns[5:]) == ["exact", "exact gain", "exact p", "exact effect"]
     assert shown.iloc[0, 6:].tolist() == ["–"] * 3 and shown["exact gain"][1].count("+") == 3
+    known = pd.DataFrame({"clip": range(40), "kind": "true", "truth": [0, 1] * 20, "lalm": np.linspace(0, 1, 40)})
+    curve = agreement.reliability_table(known, ["lalm"], bins=4, n=200)
+    assert (curve["mean_score_low"] < curve["mean_score"]).all() and (curve["mean_score"] < curve["mean_score_high"]).all()
     seeds = report.headline_table(made({"base": 0.0, "NFT": 0.1}, seeds=(0, 1, 2)), names=("exact",))
     assert report.readable(seeds, ("exact",))["exact gain over seeds"][1].startswith("+0.")
+
+
+class HalfCodec:
+    """A sound is its own mel; decoding halves the clips with an odd number."""
+
+    def encode(self, audio):
+        return audio
+
+    mel = encode
+
+    def decode(self, latents, *, iterations):
+        return latents * (1 - 0.5 * (torch.arange(len(latents)) % 2))[:, None]
+
+
+class LoudJudge:
+    """One event was asked: a clip of full level has it, a quieter one has another; the first of all is misheard."""
+
+    def score(self, audio, records):
+        right = ((audio.amax(1) == 1) & (torch.arange(len(audio)) > 0)).float()
+        wrong = dict.fromkeys(("fp", "fn", "fp_real", "fn_real"), 1 - right)
+        return dict.fromkeys(("tp", "exact", "order", "tp_real"), right) | wrong
+
+
+def test_every_number_of_the_codec_table_has_its_interval():
+    records = [{"id": f"c{i}", "kind": "single"} for i in range(40)]
+    corpus = SimpleNamespace(records=records, waveforms=lambda positions: torch.ones(len(positions), 8))
+    table = accuracy.codec_table(HalfCodec(), LoudJudge(), corpus, range(40), (2,), n=500).set_index("iterations")
+    assert table.loc[2, ["mel_error", "exact", "event_f1"]].tolist() == pytest.approx([0.25, 19 / 40, 19 / 40])
+    assert table.loc[2, "exact_kept"] == pytest.approx(19 / 39) and table.loc[0, ["exact_kept", "mel_error"]].tolist() == [1, 0]
+    error = 1.96 * 0.25 / math.sqrt(40)
+    assert table.loc[2, ["mel_error_low", "mel_error_high"]].tolist() == pytest.approx([0.25 - error, 0.25 + error], abs=0.015)
+    for name in ("exact", "exact_kept", "event_f1", "event_f1_real"):
+        assert table.loc[2, f"{name}_low"] < table.loc[2, name] < table.loc[2, f"{name}_high"]
+    assert table.loc[2, ["exact_kept_low", "exact_kept_high"]].tolist() == pytest.approx([0.33, 0.64], abs=0.03)
+    without = accuracy.codec_table(HalfCodec(), None, corpus, range(40), (2,), n=100)
+    assert list(without.columns) == ["decode", "iterations", "clips", "mel_error", "mel_error_low", "mel_error_high"]
 
 
 TABLE = pd.DataFrame(
