@@ -365,7 +365,7 @@ class EvalConfig(Config):
     guidance_scales: tuple[float, ...] = knob((1.0, 2.0, 3.0), low=0, high=20)  # of which the best is picked, on validation
     validation_prompts: int = knob(48, low=2)
     best_of: int = knob(4, low=1)  # clips per prompt in the best-of row
-    part_prompts: int = knob(20, low=2)  # prompts of the generalization and of the robustness part
+    part_prompts: int = knob(20, low=2)  # prompts of each other part (tiny: generalization, robustness; TTA-Bench: five)
     decode_iterations: int = knob(16, low=1, high=1000)  # phase-reconstruction rounds for the judges' ears
     bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval
     batch_size: int = knob(32, low=1)

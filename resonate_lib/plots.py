@@ -412,7 +412,8 @@ def radar(table: pd.DataFrame, *, metric: str = "exact", axis: str = "part", hue
 def gains(table: pd.DataFrame, *, metric: str = "exact", base: str = "base", title: str = "") -> Figure:
     """Paired gains over base with 95 % intervals, a line per system and setting, from `ttabench.headline_table`.
 
-    Coloured where the interval is clear of 0, Holm's p is under 0.05 and, over several seeds, Student's interval is clear too.
+    Coloured where the interval is clear of 0, Holm's p is under 0.05 and, over several seeds, Student's interval is clear too, so
+    exactly what `report.words` calls shown.
     """
     rows = table[np.isfinite(table[f"{metric}_gain"].astype(float))].iloc[::-1]
     figure, axes = _axes(size=(6.5, 0.8 + 0.3 * max(len(rows), 1)))

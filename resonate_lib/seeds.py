@@ -6,11 +6,13 @@ A version of several seeds ends with `summarise`. Seeds that ran apart (one to a
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from resonate_lib import record, runs, versions
@@ -171,3 +173,20 @@ def _methods(version: Path, n: int) -> None:
     for metric in ("reward", *judged[:1]):
         figure = plots.gains(table, metric=metric, base="its own base", title=title)
         plots.save(figure, version / "figures" / f"ppo_gains_{metric}.png")
+    _reach(version)
+
+
+def _reach(version: Path) -> None:
+    """Clips to a gain over all seeds, in metrics; seconds, which belong to a machine, in notes."""
+    from resonate_lib.evaluation import efficiency, report
+
+    if not (tables := sorted(version.glob("seed*/metrics/ppo_reach.csv"))):
+        return
+    reach = pd.concat([versions.read_table(path) for path in tables])
+    runs.write_table(version / "metrics", "ppo_reach", efficiency.reach_over_seeds(reach))
+    notes = [json.loads(path.read_text(encoding="utf-8")).get("reach_s", {}) for path in sorted(version.glob("seed*/notes/*.json"))]
+    took = [(*name.rsplit(" ", 1), seconds) for note in notes for name, seconds in note.items()]
+    if took:
+        took = pd.DataFrame(took, columns=["method", "gain", "seconds"])
+        table = efficiency.reach_over_seeds(took, "seconds", ("method", "gain"))
+        record.atomic_write(version / "notes" / "ppo_reach_seconds.md", report.to_markdown(table))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_algorithms import RECORDS, ToyGenerator, toy_reward, weights
 
-from resonate_lib import dpo, seeds, training, versions
+from resonate_lib import dpo, record, seeds, training, versions
 from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig, resolve
 from resonate_lib.evaluation import efficiency, report, stats
 from resonate_lib.runs import write_table
@@ -97,6 +97,19 @@ def test_reached_is_where_a_gain_stays():
     assert efficiency.reached(curve, 2.0) is None and efficiency.reached(curve[:2], 2.0)["clips"] == 10  # the last look of all
 
 
+def test_clips_to_a_gain_over_seeds_count_what_was_not_reached():
+    taken = {"PPO": [30, 10, 20], "GRPO": [10, None, 40], "DPO": [None, 20, None], "NFT": [None, None, None]}
+    rows = pd.DataFrame([{"method": name, "gain": 0.5, "of_clips": 60, "clips": clips} for name in taken for clips in taken[name]])
+    table = efficiency.reach_over_seeds(rows).set_index("method")
+    assert table["seeds"].eq(3).all() and table["reached"].tolist() == [3, 2, 1, 0] and table["of_clips"].eq(60).all()
+    ends = table[["clips_median", "clips_least", "clips_most"]].astype(object)
+    assert ends.where(ends.notna(), None).to_numpy().tolist() == [
+        [20, 10, 30], [40, 10, None], [None, 20, None], [None, None, None]
+    ]  # fmt: skip
+    two = efficiency.reach_over_seeds(rows.groupby("method", sort=False).tail(2))  # between 40 and more than any number: no median
+    assert two["clips_median"].tolist()[0] == 15 and two["clips_median"].isna().sum() == 3
+
+
 def test_a_probe_looks_without_touching_the_training():
     config = DPOConfig(pairs=4, steps=5, batch_size=2, num_steps=2, learning_rate=1e-2, precision="float32")
     plain, probed = ToyGenerator(), ToyGenerator()
@@ -169,6 +182,11 @@ def test_the_methods_over_seeds_are_compared_on_all_rows(tmp_path):
         pooled.append(pd.concat(rows, ignore_index=True))
         write_table(tmp_path / f"seed{seed}" / "metrics", "ppo_rows", pooled[-1])
         write_table(tmp_path / f"seed{seed}" / "metrics", "ppo_table", efficiency.outcome(pooled[-1], clips=480, n=100)[0])
+        reach = [{"method": name, "gain": 0.5, "reached": float(clips is not None), "clips": clips, "of_clips": 480}
+                 for name, clips in (("PPO", 48), ("GRPO", None if seed else 48))]  # fmt: skip
+        write_table(tmp_path / f"seed{seed}" / "metrics", "ppo_reach", reach)
+        took = {"PPO 0.5": 20.0 + seed, "GRPO 0.5": None if seed else 9.5}
+        record.write_json(tmp_path / f"seed{seed}" / "notes" / "08_clap_ppo.json", {"reach_s": took})
     versions.summarise(tmp_path)
     seeds._methods(tmp_path, 300)
     table = versions.read_table(tmp_path / "metrics" / "ppo_table.csv").set_index("system")
@@ -183,6 +201,11 @@ def test_the_methods_over_seeds_are_compared_on_all_rows(tmp_path):
     text = (tmp_path / "metrics" / "ppo_table.md").read_text()
     assert "PPO" in text and "over" in text and f"{table.loc['PPO', 'reward_gain_deviations']:+.2f} [" in text
     assert (tmp_path / "figures" / "ppo_gains_reward.png").is_file()
+    reach = versions.read_table(tmp_path / "metrics" / "ppo_reach.csv").set_index("method")
+    assert reach["seeds"].tolist() == [2, 2] and reach["reached"].tolist() == [2, 1]
+    assert reach["clips_least"].tolist() == [48, 48] and reach["clips_most"].isna().tolist() == [False, True]
+    seconds = (tmp_path / "notes" / "ppo_reach_seconds.md").read_text()
+    assert "| PPO | 0.5 | 2 | 2 | 20.500 | 20.000 | 21 |" in seconds and "| GRPO | 0.5 | 2 | 1 | – | 9.500 | – |" in seconds
 
 
 @pytest.mark.parametrize("profile", ["smoke", "tiny", "small", "paper"])

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
+from resonate_lib.config import DataConfig, EvalConfig, resolve
 from resonate_lib.data import prompts
-from resonate_lib.evaluation import parts, ttabench
+from resonate_lib.evaluation import parts, ttabench, worlds
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
@@ -266,6 +267,17 @@ def test_all_2999_prompts_pass_the_schema_unaltered():
     groups = Counter((record["event_count"], record["event_relation"]) for record in found["accuracy"])
     assert sorted(groups.values(), reverse=True) == sorted((280, 250, 164, 150, 126, 67, 92, 73, 76, 54, 54, 114), reverse=True)
     assert groups[1, "None"] == 280 and groups[5, "complex"] == 114 and groups[3, "complex"] == 67
+
+
+def test_paper_asks_the_whole_benchmark_and_small_a_fifth():
+    for profile, asked in (("paper", 2999), ("small", 600)):
+        config, folder = resolve(EvalConfig, profile), published()
+        world = worlds.FolderWorld(DataConfig(folder="x", captions="y"), sample_rate=16000, seconds=4, tta_bench=str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            counts = {part: config.prompts if part == "accuracy" else config.part_prompts for part in prompts.TTA_BENCH_FILES}
+            found = [record["id"] for part, count in counts.items() for record in world.bench(part, count=count)]
+        assert len(found) == len(set(found)) == asked
 
 
 def test_every_robustness_prompt_has_its_unperturbed_one_among_the_accuracy_prompts():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resonate_lib.data import scenes
-from resonate_lib.evaluation import metrics, stats
+from resonate_lib.evaluation import measures, metrics, stats
 
 JUDGED = ("exact", "event_f1", "event_f1_real", "event_f1_procedural", "order")
 AT_A_TIME = 64  # clips read together
@@ -39,28 +39,32 @@ def judge_table(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
 def codec_table(codec, judge, corpus, positions, iterations: Sequence[int], *, n: int = 2000) -> pd.DataFrame:
     """What the judge recognises after the codec's round trip, by the decode's iterations, beside the originals.
 
-    Columns: decode, iterations, clips, mel_error (mean absolute error of the compressed mel) and, with a judge (None: without),
-    exact with its interval, exact_kept (share of the originals' exact match), event_f1, event_f1_real, event_f1_procedural.
+    Columns, each number with its 95 % interval over clips (_low, _high): decode, iterations, clips, mel_error (mean absolute error
+    of the compressed mel) and, with a judge (None: without), exact, exact_kept (share of the originals' exact match, paired by
+    clip), event_f1, event_f1_real, event_f1_procedural.
     """
     originals, records = corpus.waveforms(positions), [corpus.records[i] for i in positions]
     latents, mel = codec.encode(originals), codec.mel(originals)
-    lines = []
+    lines, first = [], None
     for rounds in (None, *iterations):
         audio = originals if rounds is None else codec.decode(latents, iterations=rounds)
         decode = "originals" if rounds is None else f"{rounds} iterations"
         line = {"decode": decode, "iterations": rounds or 0, "clips": len(records)}
         if judge is not None:
-            line |= _recognised(judge_rows(judge, audio, records), lines, n)
-        lines.append(line | {"mel_error": float((codec.mel(audio) - mel).abs().mean())})
+            rows = judge_rows(judge, audio, records)
+            first = rows if first is None else first
+            line |= _recognised(rows, first, n)
+        error = measures.mean_of((codec.mel(audio) - mel).abs().flatten(1).mean(1).tolist())
+        lines.append(line | measures.over_clips({"mel_error": error}, positions, n=n))
     return pd.DataFrame(lines)
 
 
-def _recognised(rows: pd.DataFrame, before: list[dict], n: int) -> dict:
-    exact = metrics.measure(rows, "exact", n=n)
-    first = before[0]["exact"] if before else exact.mean
-    kept = exact.mean / first if first else float("nan")
-    f1 = {name: metrics.measure(rows, name, n=n).mean for name in JUDGED[1:4]}
-    return {"exact": exact.mean, "exact_low": exact.low, "exact_high": exact.high, "exact_kept": kept, **f1}
+def _recognised(rows: pd.DataFrame, originals: pd.DataFrame, n: int) -> dict:
+    found = metrics.measure(rows, "exact", n=n).columns("exact")
+    found |= stats.bootstrap_ratio(rows["exact"], originals["exact"], n=n).columns("exact_kept")
+    for name in JUDGED[1:4]:
+        found |= metrics.measure(rows, name, n=n).columns(name)
+    return found
 
 
 def recall_draws(corpus, draws: int, *, wrong, seed: int = 0) -> tuple[list[int], list[str], list[list[str]]]:

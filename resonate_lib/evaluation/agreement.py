@@ -222,9 +222,9 @@ def wording_table(rows: pd.DataFrame, *, n: int = 2000) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def reliability_table(rows: pd.DataFrame, names: Sequence[str], *, bins: int = measures.BINS) -> pd.DataFrame:
+def reliability_table(rows: pd.DataFrame, names: Sequence[str], *, bins: int = measures.BINS, n: int = 2000) -> pd.DataFrame:
     """How often captions are true that a judge gives about the same probability: per reward and bin of equal counts, rows (n),
-    mean_score, share_true with Wilson's interval. A calibrated judge has the two equal in every bin.
+    mean_score with a bootstrap interval over clips, share_true with Wilson's. A calibrated judge has the two equal in every bin.
 
     rows: as many true as false (`one_wrong_each`); scores in [0, 1].
     """
@@ -233,8 +233,8 @@ def reliability_table(rows: pd.DataFrame, names: Sequence[str], *, bins: int = m
         place = measures.bins_of(rows[name], bins)
         for number, part in rows.groupby(place):
             share = stats.wilson(int(part["truth"].sum()), len(part))
-            line = {"reward": name, "bin": number, "n": len(part), "mean_score": part[name].mean()}
-            lines.append(line | named("share_true", share))
+            score = measures.over_clips({"mean_score": measures.mean_of(part[name])}, part["clip"], n=n)
+            lines.append({"reward": name, "bin": number, "n": len(part), **score, **named("share_true", share)})
     return pd.DataFrame(lines)
 
 

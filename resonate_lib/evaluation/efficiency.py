@@ -171,6 +171,21 @@ def reached(curve: Sequence[Mapping], gain: float) -> Mapping | None:
                  if here >= gain and then >= gain), None)  # fmt: skip
 
 
+def reach_over_seeds(rows: pd.DataFrame, value: str = "clips", by: Sequence[str] = ("method", "gain", "of_clips")) -> pd.DataFrame:
+    """How much of `value` (clips, seconds) a gain takes over seeds: of each method and gain `seeds`, how many of them `reached` it,
+    and the median, the least and the most of all seeds.
+
+    rows: one for each seed, method and gain, `value` missing where the gain was not reached. Such a seed is censored: it takes more
+    than any number, so the median is missing (not reached) where half of the seeds or more are such, the most where one is.
+    """
+    lines = []
+    for key, part in rows.groupby(list(by), sort=False):
+        taken = part[value].astype(float).fillna(np.inf)
+        line = dict(zip(by, key, strict=True)) | {"seeds": len(taken), "reached": int(np.isfinite(taken).sum())}
+        lines.append(line | {f"{value}_median": taken.median(), f"{value}_least": taken.min(), f"{value}_most": taken.max()})
+    return pd.DataFrame(lines).replace(np.inf, np.nan)
+
+
 # ---- where the reward is fooled ------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,8 @@ from resonate_lib.evaluation import metrics, stats
 from resonate_lib.evaluation.tables import to_latex, to_markdown, with_intervals
 
 __all__ = [
-    "ALTERNATIVES",
     "BASE",
+    "BY_REWARD",
     "NO_VERDICT",
     "OFFLINE",
     "ONLINE",
@@ -26,6 +27,7 @@ __all__ = [
     "Claim",
     "by_count_and_relation",
     "by_kind",
+    "claims",
     "compared",
     "corrected",
     "headline_table",
@@ -41,7 +43,7 @@ __all__ = [
 PAIR = ["setting", "seed", "id", "sample"]
 BASE, OFFLINE = "base", ("DPO",)
 ONLINE = ("GRPO (CLAP)", "GRPO (LALM)", "GRPO (LALM, fine)", "GRPO (NFT's reward)", "DiffRO", "NFT")
-ALTERNATIVES = ("base trained on", "best of 4")
+BY_REWARD = (("GRPO (LALM)", "GRPO (CLAP)"),)  # one algorithm, the LALM's reward and CLAP's
 ORIGINALS = "originals"
 NO_VERDICT = "By the training reward, which is no independent verdict (no lalm_eval, no clap_eval)."
 
@@ -98,6 +100,23 @@ def corrected(found: dict) -> dict:
     return {key: Claim(comparison, float(p)) for (key, comparison), p in zip(found.items(), p_values, strict=True)}
 
 
+def claims(
+    rows: pd.DataFrame, metric: str = "exact", *, base: str | Mapping[str, str] = BASE, n: int = 2000, seed: int = 0
+) -> dict[tuple[str, str], Claim]:
+    """Whatever is compared in one setting and metric, corrected together: (a, b) -> `Claim` about a - b. Table, figure and words
+    all take their claims from here, so that what one calls shown the others do.
+
+    Every system's gain over `base` (as in `headline_table`); where that is one for all, also online against offline systems and
+    the LALM's reward against CLAP's.
+    """
+    systems = list(rows["system"].unique())
+    own = base if isinstance(base, Mapping) else {system: base for system in systems if system != base}
+    pairs = [(system, own[system]) for system in systems if own.get(system) in systems]
+    if not isinstance(base, Mapping):
+        pairs += [pair for pair in (*product(ONLINE, OFFLINE), *BY_REWARD) if set(pair) <= set(systems)]
+    return corrected({pair: compared(rows, *pair, metric=metric, n=n, seed=seed) for pair in pairs})
+
+
 def headline_table(
     rows: pd.DataFrame,
     *,
@@ -110,24 +129,20 @@ def headline_table(
     system -> base.
 
     Columns: setting, system, guidance, prompts, clips, seeds, then for each metric m: m, m_low, m_high, and of the gain (nan for
-    base itself and for originals) m_gain, m_gain_low, m_gain_high, m_p, m_p_holm (over all gains of the setting in this
-    metric), m_effect (gain over the deviation of the prompts' differences), m_t, m_t_low, m_t_high (Student's interval over the
-    seeds' gains, nan with one seed). guidance is the mean over seeds where each seed has its own best one.
+    base itself and for originals) m_gain, m_gain_low, m_gain_high, m_p, m_p_holm (over the setting's `claims` in this metric),
+    m_effect (gain over the deviation of the prompts' differences), m_t, m_t_low, m_t_high (Student's interval over the seeds'
+    gains, nan with one seed). guidance is the mean over seeds where each seed has its own best one. Metrics are corrected each by
+    itself: the one that `words` is about is primary, the others are exploratory.
     """
     lines = []
     for setting, peers in rows.groupby("setting", sort=False):
-        systems = list(peers["system"].unique())
-        own = base if isinstance(base, Mapping) else {system: base for system in systems if system != base}
-        pairs = [(system, own[system]) for system in systems if own.get(system) in systems]
-        claims = {
-            name: corrected({system: compared(peers, system, its, metric=name, n=n, seed=seed) for system, its in pairs})
-            for name in names
-        }
+        found = {name: claims(peers, name, base=base, n=n, seed=seed) for name in names}
         for system, group in peers.groupby("system", sort=False):
+            pair = system, base.get(system) if isinstance(base, Mapping) else base
             line = {"setting": setting, "system": system, "guidance": group["guidance"].mean()}
             line |= {"prompts": group["id"].nunique(), "clips": len(group), "seeds": group["seed"].nunique()}
             for name in names:
-                line |= metrics.measure(group, name, n=n, seed=seed).columns(name) | _gain(name, claims[name].get(system))
+                line |= metrics.measure(group, name, n=n, seed=seed).columns(name) | _gain(name, found[name].get(pair))
             lines.append(line)
     return pd.DataFrame(lines)
 
@@ -157,11 +172,12 @@ def readable(table: pd.DataFrame, names: Sequence[str] = metrics.HEADLINE) -> pd
     """The headline table as text for the eye: "0.52 [0.48, 0.56]" and, for gains, "+0.08 [+0.03, +0.13]".
 
     Of every metric m the columns m, "m gain", "m p" (after Holm), "m effect", and with several seeds "m gain over seeds" (t).
+    clips_made, how many clips a system learned from, where the table has it.
     """
     ends = [f"{name}{part}{end}" for name in names for part in ("", "_gain", "_t") for end in ("", "_low", "_high")]
     few = table.drop(columns=[name for name in table.columns if name not in ends])
     texts = with_intervals(few, signed=[f"{name}{part}" for name in names for part in ("_gain", "_t")])
-    shown = table[["setting", "system", "prompts", "clips", "seeds"]].copy()
+    shown = table[["setting", "system", "prompts", "clips", "seeds", *(["clips_made"] if "clips_made" in table else [])]].copy()
     for name in names:
         shown[name], shown[f"{name} gain"] = texts[name], texts[f"{name}_gain"]
         shown[f"{name} p"] = [p_text(p) for p in table[f"{name}_p_holm"].astype(float)]
@@ -176,34 +192,35 @@ def words(
     *,
     metric: str = "exact",
     base: str = BASE,
-    offline: Sequence[str] = OFFLINE,
-    online: Sequence[str] = ONLINE,
-    alternatives: Sequence[str] = ALTERNATIVES,
+    clips_made: Mapping[str, int] | None = None,
+    n: int = 2000,
+    seed: int = 0,
 ) -> str:
-    """What the rows show, per setting: gains over base, online against offline, and what the same time buys otherwise.
+    """What the rows show, per setting: gains over base, online against offline, the LALM's reward against CLAP's, and what the
+    same time buys otherwise.
 
-    Everything comes from paired comparisons of `metric`; what counts as shown is `Claim.side`, corrected over all comparisons of
-    a setting. A system that is absent from the rows is not mentioned.
+    `metric` is the primary one (exact match, or aqa where no judge counts events), all others are exploratory. Everything comes
+    from its `claims`; with the n and seed of the headline table these are the table's. A system that is absent from the rows is not
+    mentioned. clips_made: how many clips each system learned from, said beside the verdict.
     """
     paragraphs = []
     for setting, peers in rows.groupby("setting", sort=False):
-        present = set(peers["system"])
-        if base not in present or setting == ORIGINALS:
+        systems = list(peers["system"].unique())
+        if base not in systems or setting == ORIGINALS:
             continue
-        off, on, other = ([s for s in group if s in present] for group in (offline, online, alternatives))
-        pairs = [(s, base) for s in (*off, *on, *other)] + [(a, b) for a in on for b in (*off, *other)]
-        claims = corrected({pair: compared(peers, *pair, metric=metric) for pair in pairs})
+        found = claims(peers, metric, base=base, n=n, seed=seed)
         seeds, prompts = peers["seed"].nunique(), peers["id"].nunique()
         lines = [
             f"At {setting} ({prompts} prompts, {_count(seeds, 'seed')}, {metric}, paired 95 % intervals, in points):",
-            *([_rule(len(pairs), seeds)] if pairs else []),
+            *([_rule(metric, len(found), seeds)] if found else []),
         ]
-        lines += [f"{s} {_against(claims[s, base], base)}." for s in (*off, *on)]
-        versus = {(a, b): claims[a, b] for a in on for b in off}
-        lines += [f"{a} {_against(claim, b)}." for (a, b), claim in versus.items()] + _verdict(versus.values())
-        for s in other:
-            against = [f"{a} {_against(claims[a, s], 'it')}" for a in on]
-            lines.append("; ".join([f"Of the alternatives, {s} {_against(claims[s, base], base)}", *against]) + ".")
+        trained = [system for system in (*OFFLINE, *ONLINE) if system in systems]
+        lines += [f"{system} {_against(found[system, base], base)}." for system in trained]
+        versus = {pair: claim for pair, claim in found.items() if pair[1] != base}
+        lines += [f"{a} {_against(claim, b)}." for (a, b), claim in versus.items()]
+        lines += _verdict(claim for (_, b), claim in versus.items() if b in OFFLINE) + _learned(trained, clips_made or {})
+        if other := [f"{system} {_against(found[system, base], base)}" for system in systems if system not in (base, *trained)]:
+            lines.append(f"Of the alternatives, {'; '.join(other)}.")
         paragraphs.append(" ".join(lines))
     said = "\n\n".join(paragraphs) or f"No setting holds the system {base!r}, so nothing can be compared."
     return f"{NO_VERDICT} {said}" if metric == "reward" else said
@@ -258,11 +275,11 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _rule(comparisons: int, seeds: int) -> str:
+def _rule(metric: str, comparisons: int, seeds: int) -> str:
     over = ", and Student's interval over the seeds (t) clear of 0 too" if seeds > 1 else ""
     return (
-        f"A difference counts as shown with an interval clear of 0 and p < 0.05 after Holm's correction over the "
-        f"{_count(comparisons, 'comparison')} here{over}."
+        f"{metric} is the primary metric, all others are exploratory. A difference counts as shown with an interval clear of 0 and "
+        f"p < 0.05 after Holm's correction over the {_count(comparisons, 'comparison')} here{over}."
     )
 
 
@@ -296,3 +313,10 @@ def _verdict(claims: Iterable[Claim]) -> list[str]:
         return [f"So online does not beat offline here: offline is ahead in {behind} of {made}."]
     rest = f" and falls behind in {behind}." if behind else "; the rest show no difference."
     return [f"So online beats offline in {ahead} of {made}{rest}"]
+
+
+def _learned(systems: Sequence[str], clips_made: Mapping[str, int]) -> list[str]:
+    """How many clips each system learned from, in a sentence; none where nothing is known."""
+    known = [f"{system} {'learned ' * (not i)}from {clips_made[system]:,}{' clips' * (not i)}"
+             for i, system in enumerate(system for system in systems if system in clips_made)]  # fmt: skip
+    return [f"{', '.join(known)}."] if known else []

@@ -159,11 +159,10 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str,
     """Notebook 06's tables with intervals, by name, its words, and the metric that these rest on, over all seeds of a version: the
     rows of `seed*/metrics/tta_rows.csv` and `tta_parts_rows.csv`, prompts and seeds resampled.
 
-    A version of one seed gives that one's. The words name whatever "best of" rows there are, and end with the power of these
-    prompts. FileNotFoundError when notebook 06 has not run in it.
+    A version of one seed gives that one's. The headline says what each system learned from (clips_made), where `tta_systems` knows
+    it. The words end with the power of these prompts. FileNotFoundError when notebook 06 has not run in it.
     """
     rows = versions.read_rows(version)
-    best = [system for system in rows["system"].unique() if system.startswith("best of ")]
     names = [name for name in (*metrics.HEADLINE, *metrics.FURTHER) if measured(rows, name)]
     short = [name for name in (*EVENTS, "aqa", "clap") if name in names]
     tables = {
@@ -178,8 +177,18 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str,
         found = parts.tables(pd.concat([rows[same], others], ignore_index=True), names=short[:3], n=n)
         tables |= {f"tta_{name}": table for name, table in found.items()}
     main = short[0] if short else names[0]
-    said = report.words(rows, metric=main, alternatives=("base trained on", *best))
+    made = {}
+    for path in Path(version).glob("**/metrics/tta_systems.csv"):
+        made |= clips_made(versions.read_table(path))
+    tables["tta_headline"]["clips_made"] = tables["tta_headline"]["system"].map(made).astype("Int64")
+    said = report.words(rows, metric=main, clips_made=made, n=n)
     return tables, f"{said}\n\n{report.power_note(rows, main)}", main
+
+
+def clips_made(systems: pd.DataFrame) -> dict[str, int]:
+    """How many clips each system learned from, of notebook 06's table `tta_systems`; without those that learned from none."""
+    known = pd.to_numeric(systems.get("clips_made", pd.Series(dtype=float)), errors="coerce").dropna().astype(int)
+    return dict(zip(systems.loc[known.index, "system"], known.tolist(), strict=True))
 
 
 def measured(rows: pd.DataFrame, metric: str) -> bool:

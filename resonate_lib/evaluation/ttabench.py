@@ -22,7 +22,6 @@ from resonate_lib.data import prompts as prompt_sets
 from resonate_lib.evaluation import metrics
 from resonate_lib.evaluation.clips import Shelf, Store, Wanted
 from resonate_lib.evaluation.report import (
-    ALTERNATIVES,
     BASE,
     OFFLINE,
     ONLINE,
@@ -37,7 +36,6 @@ from resonate_lib.evaluation.report import (
 from resonate_lib.models.codec import within_full_scale
 
 __all__ = [
-    "ALTERNATIVES",
     "BASE",
     "COLUMNS",
     "OFFLINE",
