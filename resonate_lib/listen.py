@@ -203,23 +203,32 @@ def _asked(question: str) -> str:
     return QUESTIONS[question]
 
 
-def make_trials(items: Sequence[Mapping], seed: int, *, base: str = BASE, models: str = "") -> list[dict]:
-    """Trials of `base` against every other system of each item, order and sides drawn from the seed.
+def make_trials(
+    items: Sequence[Mapping], seed: int, *, base: str = BASE, models: str = "", count: int | None = None
+) -> list[dict]:
+    """Trials of `base` against every other system of each item, order and sides drawn from the seed; of them the first `count`.
 
-    Each is a dict: trial (number), item (index), id, prompt, a, b (labels), models. Items without `base` give none. models: what
-    tells the weights that made the clips from others (`Run.fingerprint`); the answers carry it, and those about other weights do
-    not count as answers to these trials.
+    Each is a dict: trial (number), item (index), id, prompt, a, b (labels), models. Of a system's trials half have it as A (of an
+    odd number one more or one less, by the seed), so that a liking for a side favours nobody. Items without `base` give none.
+    models: what tells the weights that made the clips from others (`Run.fingerprint`); the answers carry it, and those about other
+    weights do not count as answers to these trials.
     """
     rng = random.Random(seed)
+    with_base = [(index, item) for index, item in enumerate(items) if base in _checked(item)["clips"]]
+    pairs = [(index, other) for index, item in with_base for other in item["clips"] if other != base]
+    rng.shuffle(pairs)
+    pairs = pairs[:count]
+    first = {}  # per system, for each of its trials whether it is A
+    for system in sorted({other for _, other in pairs}):
+        number, start = sum(other == system for _, other in pairs), rng.randrange(2)
+        first[system] = [(start + i) % 2 for i in range(number)]
+        rng.shuffle(first[system])
     trials = []
-    for index, item in enumerate(items):
-        for other in _checked(item)["clips"] if base in item["clips"] else ():
-            if other != base:
-                a, b = rng.sample([base, other], 2)
-                identity = str(item.get("id", index))
-                trials.append({"item": index, "id": identity, "prompt": item["prompt"], "a": a, "b": b, "models": models})
-    rng.shuffle(trials)
-    return [{"trial": number, **trial} for number, trial in enumerate(trials)]
+    for number, (index, other) in enumerate(pairs):
+        a, b = (other, base) if first[other].pop() else (base, other)
+        item = {"item": index, "id": str(items[index].get("id", index)), "prompt": items[index]["prompt"]}
+        trials.append({"trial": number, **item, "a": a, "b": b, "models": models})
+    return trials
 
 
 class BlindTest:

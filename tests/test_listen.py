@@ -152,8 +152,25 @@ def test_trials_are_complete_random_and_fixed_by_the_seed(items):
     assert {(t["item"], *sorted((t["a"], t["b"]))) for t in trials} == {
         (i, *sorted(("base", s))) for i in range(100) for s in ("DPO", "GRPO")
     }
-    assert 70 < sum(t["a"] == "base" for t in trials) < 130
     assert listen.make_trials([{"prompt": "x", "clips": {"DPO": [0.0]}}], 0) == []
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 7, 8])
+def test_every_system_is_on_both_sides_equally_often(prompts):
+    items = [{"prompt": str(i), "clips": {name: [0.0] for name in ("base", "DPO", "GRPO")}} for i in range(prompts)]
+    more, orders = set(), set()
+    for seed in range(30):
+        trials = listen.make_trials(items, seed)
+        sides = {system: [t["a"] == system for t in trials if system in (t["a"], t["b"])] for system in ("DPO", "GRPO")}
+        assert all(abs(2 * sum(each) - prompts) == prompts % 2 and len(each) == prompts for each in sides.values())
+        more |= {2 * sum(each) - prompts for each in sides.values()}
+        orders.add(tuple(sides["DPO"]))
+        few = listen.make_trials(items, seed, count=prompts)
+        assert [(t["item"], {t["a"], t["b"]}) for t in few] == [(t["item"], {t["a"], t["b"]}) for t in trials[:prompts]]
+        for system in ("DPO", "GRPO"):
+            mine = [t["a"] == system for t in few if system in (t["a"], t["b"])]
+            assert abs(2 * sum(mine) - len(mine)) == len(mine) % 2
+    assert more == ({-1, 1} if prompts % 2 else {0}) and len(orders) > 1
 
 
 def test_blind_test_appends_hides_the_names_and_goes_on(items, tmp_path):

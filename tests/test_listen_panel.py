@@ -71,7 +71,7 @@ def test_the_interval_covers_the_true_rate_of_500_panels(tmp_path, rate):
 def test_which_side_a_clip_is_on_does_not_matter(tmp_path):
     """The same listeners hear the same clips with the fine-tuned always left, always right, or on random sides."""
     random_sides = listen.make_trials(ITEMS, 0)
-    assert 0 < sum(trial["a"] == "PPO" for trial in random_sides) < PROMPTS
+    assert sum(trial["a"] == "PPO" for trial in random_sides) == PROMPTS / 2
     lines = {}
     for name, left in (("left", "PPO"), ("right", "base"), ("random", None)):
         trials = random_sides if left is None else [t | {"a": left, "b": "base" if left == "PPO" else "PPO"} for t in random_sides]
@@ -82,10 +82,8 @@ def test_which_side_a_clip_is_on_does_not_matter(tmp_path):
 
 
 def test_a_listener_who_always_takes_the_left_prefers_nobody(tmp_path):
-    """Thirty orders of trials: random sides turn a liking for a side into a rate of one half."""
-    wins = losses = 0
-    for seed in range(30):
+    """Balanced sides turn a liking for a side into a rate of one half, whatever the order of trials."""
+    for seed in range(10):
         answer_all(tmp_path / str(seed), listen.make_trials(ITEMS, seed), lambda _, trial: trial["a"], listeners=1)
         line = listen.preference_rate(listen.load_answers(tmp_path / str(seed))).iloc[0]
-        wins, losses = wins + line["wins"], losses + line["losses"]
-    assert wins + losses == 30 * PROMPTS and abs(wins / (wins + losses) - 0.5) < 0.09  # three standard errors
+        assert line["wins"] == line["losses"] == PROMPTS / 2
