@@ -236,7 +236,7 @@ class BlindTest:
 
     Every answer is appended to `<folder>/<listener>.jsonl` at once. items, sample_rate: as in `listen_page`; trials: from
     `make_trials`; question: a name in QUESTIONS, which the answers carry. A listener who comes back goes on at the first trial
-    without an answer to this question about these models in that file, so use one folder per run version.
+    without an answer in that file, so use one folder per run version.
     """
 
     def __init__(
@@ -247,10 +247,9 @@ class BlindTest:
         self.question, self.asked = question, _asked(question)
         self.listener = listener
         self.path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_-]', '_', listener) or 'listener'}.jsonl"
-        before = _read_answers(self.path) if self.path.exists() else []
-        answered = {(answer["trial"], answer.get("models", "")) for answer in before
-                    if answer.get("question", PREFERENCE) == question}  # fmt: skip
-        self.open = [trial for trial in self.trials if (trial["trial"], trial.get("models", "")) not in answered]
+        answered = {_asked_of(answer) for answer in (_read_answers(self.path) if self.path.exists() else ())}
+        who = {"listener": listener, "question": question}
+        self.open = [trial for trial in self.trials if _asked_of(trial | who) not in answered]
         self._text, self._players = ipywidgets.HTML(), ipywidgets.HTML()
         choices = (("A", "A"), ("B", "B"), ("tie", "No difference"))
         self._buttons = [ipywidgets.Button(description=text) for _, text in choices]
@@ -267,7 +266,7 @@ class BlindTest:
         if choice not in ("A", "B", "tie"):
             raise ValueError(f"choice={choice!r}: allowed are 'A', 'B' and 'tie'")
         if not self.open:
-            raise ValueError("all trials are answered: make new ones with another seed to go on")
+            raise ValueError("all trials are answered: make some of other prompts to go on")
         trial = self.open[0]
         preferred = {"A": trial["a"], "B": trial["b"], "tie": "tie"}[choice]
         answer = {key: trial[key] for key in ("trial", "id", "prompt", "a", "b", "models") if key in trial}
@@ -313,14 +312,30 @@ def append_answer(path: str | os.PathLike, answer: Mapping) -> None:
 
 
 def load_answers(folder: str | os.PathLike, *, models: str | None = None) -> list[dict]:
-    """All answers of the *.jsonl files of a folder, from notebooks or downloaded; a line found twice counts once. models: only
-    those about these (`make_trials`); None: all."""
-    answers = {}
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        for answer in _read_answers(path):
-            if models is None or answer.get("models", "") == models:
-                answers[json.dumps(answer, sort_keys=True)] = answer
+    """The answers of the *.jsonl files of a folder, from notebooks or downloaded, in order of time. models: only those about these
+    (`make_trials`); None: all.
+
+    Who answers twice (on the page and in the notebook, or after "Forget answers") has heard the clips before: of the answers of
+    one listener to one question about one pair of clips (id, both labels, models) only the first by time is taken; the files keep
+    all. So every listener needs a name of their own. An answer without a time counts as earlier than any with one.
+    """
+    found = [answer for path in sorted(Path(folder).glob("*.jsonl")) for answer in _read_answers(path)]
+    answers: dict[tuple, dict] = {}
+    for answer in sorted(found, key=_time):
+        if models is None or answer.get("models", "") == models:
+            answers.setdefault(_asked_of(answer), answer)
     return list(answers.values())
+
+
+def _asked_of(answer: Mapping) -> tuple:
+    """Who was asked what about which two clips, whatever their sides and the trial's number."""
+    pair = frozenset((answer["a"], answer["b"]))
+    who = answer.get("listener", ""), answer.get("question", PREFERENCE)
+    return *who, str(answer.get("id", answer["trial"])), pair, answer.get("models", "")
+
+
+def _time(answer: Mapping) -> float:
+    return datetime.fromisoformat(answer["time"]).timestamp() if "time" in answer else -math.inf
 
 
 def _read_answers(path: Path) -> list[dict]:
@@ -330,11 +345,11 @@ def _read_answers(path: Path) -> list[dict]:
             continue
         try:
             answer = json.loads(line)
-            complete = {"trial", "a", "b", "preferred"} <= set(answer)
-        except (json.JSONDecodeError, TypeError):
+            complete = {"trial", "a", "b", "preferred"} <= set(answer) and _time(answer) is not None
+        except (ValueError, TypeError):  # no JSON, no dict, no time
             complete = False
         if not complete:
-            raise ValueError(f"{path}, line {number}: not an answer with trial, a, b, preferred; remove the line")
+            raise ValueError(f"{path}, line {number}: not an answer with trial, a, b, preferred (and an ISO time); remove the line")
         answers.append(answer)
     return answers
 
