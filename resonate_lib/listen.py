@@ -99,7 +99,7 @@ def _figures(
     parts = []
     for index, (label, clip) in enumerate(heard.items()):
         name, prompt = html.escape(label), html.escape(item["prompt"])
-        identity = f' id="{prefix}-{index}" data-match="{factors[label]:.4f}"' if prefix else ""
+        identity = f' id="{prefix}-{index}" data-match="{factors[label]:.6g}"' if prefix else ""
         parts.append(
             f"<figure style='margin:0'><figcaption>{name}</figcaption>"
             f'<img alt="Spectrogram of {name}: {prompt}" style="width:100%;height:7rem" '
@@ -158,8 +158,9 @@ def listen_page(
     """Write one self-contained page: a section per prompt, a player per system, and a blind test without a server.
 
     items: see the module's text. The blind test holds every other system against `base`, in an order drawn from
-    `seed`, and asks the `question` of that name in QUESTIONS; it is hidden when no item has both. models: see `make_trials`. The
-    same input gives the same bytes. Raises ValueError for no items, a broken item or another question.
+    `seed`, and asks the `question` of that name in QUESTIONS; it is hidden when no item has both. No clip is embedded twice: the
+    page decodes the two of a trial and scales their samples to equal loudness. models: see `make_trials`. The same input gives the
+    same bytes. Raises ValueError for no items, a broken item or another question.
     """
     asked = _asked(question)
     if not items:
@@ -177,6 +178,7 @@ def listen_page(
         "page": hashlib.sha256(f"{question}\n{body}".encode()).hexdigest()[:12],
         "question": question,
         "base": base,
+        "rate": sample_rate,
         "items": [list(item["clips"]) for item in items],
         "trials": make_trials(items, seed, base=base, models=models),
     }
@@ -374,8 +376,8 @@ def preference_rate(answers: Sequence[Mapping], *, base: str = BASE) -> pd.DataF
         0.5   0.2      0.1           0.941   0.808     0.945   0.874
         0.9   0.1      0.1           0.918   0.831     0.975   0.915
 
-    A bootstrap of prompts and listeners (product of multiplicities) covered 0.999 of the independent panels, at nearly twice the
-    width: it counts the chance of a single answer three times.
+    A bootstrap of prompts and listeners (product of multiplicities) covered 0.997 to 0.999 of independent panels, at nearly twice
+    the width: it counts the chance of a single answer three times.
     """
     lines: dict[tuple, list] = {}
     for answer in answers:
