@@ -173,14 +173,14 @@ def listen_page(
             f'<p class="meta">{_meta(item, item["clips"], sample_rate, gain)}</p>'
             f'<div class="clips">{figures}</div></section>'
         )
-    body = "\n".join(sections)
-    data = {
-        "page": hashlib.sha256(f"{question}\n{body}".encode()).hexdigest()[:12],
+    body, trials = "\n".join(sections), make_trials(items, seed, base=base, models=models)
+    data = {  # page: under which name a browser keeps the answers to these trials
+        "page": hashlib.sha256(f"{question}\n{trials}\n{body}".encode()).hexdigest()[:12],
         "question": question,
         "base": base,
         "rate": sample_rate,
         "items": [list(item["clips"]) for item in items],
-        "trials": make_trials(items, seed, base=base, models=models),
+        "trials": trials,
     }
     fields = {
         "TITLE": html.escape(title),
