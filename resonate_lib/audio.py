@@ -7,8 +7,10 @@ as torchaudio computes it.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -25,6 +27,15 @@ SILENCE_DBFS = -50.0
 CLIPPING_LEVEL = 0.999
 CLIPPING_RUN = 3
 MAX_GAIN = 10 ** (30 / 20)  # a comparison of near-silent clips must not be blown up to full-scale noise
+
+
+def file_stem(identity) -> str:
+    """A prompt's id, which may hold anything, as a part of a file's name: letters, digits, _ and - stay, other runs become one -.
+
+    At most 80 of them. What had to change ends in 8 hex of the whole id, so that `a/b` and `a b` are two files.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", str(identity))[:80]
+    return safe if safe == str(identity) else f"{safe}-{hashlib.sha256(str(identity).encode()).hexdigest()[:8]}"
 
 
 def read(path: str | os.PathLike) -> tuple[torch.Tensor, int]:

@@ -1,6 +1,7 @@
 """Reading, writing and measuring sound: known levels, bad files, atomic writes."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -122,6 +123,13 @@ def test_common_gain_keeps_differences():
     assert gain * float(clips[0].max()) == pytest.approx(10 ** (-1 / 20), rel=1e-4)
     assert audio.common_gain([torch.zeros(5)]) == 1.0
     assert audio.common_gain([torch.full((5,), 1e-5)]) == pytest.approx(10**1.5)
+
+
+def test_any_id_may_stand_in_a_file_name():
+    assert audio.file_stem("accuracy_test_0001") == "accuracy_test_0001" and audio.file_stem(7) == "7"
+    strange = ["../x", "a/b", "a b", "a-b", "/etc/passwd", "C:\\x", "x\0", "..", "x" * 300, "x" * 301, "é"]
+    stems = [audio.file_stem(identity) for identity in strange]
+    assert len(set(stems)) == len(strange) and all(re.fullmatch(r"[A-Za-z0-9_-]{1,89}", stem) for stem in stems)
 
 
 def test_resample_keeps_pitch_and_level():

@@ -166,6 +166,15 @@ def test_prompt_text_and_noise_are_part_of_the_name(tmp_path):
     assert store.made == 31 and store.found == 1 and len(list(tmp_path.glob("*/*.flac"))) == 31
 
 
+def test_clips_to_listen_to_stay_in_their_folder_whatever_the_ids(tmp_path):
+    records = [{"id": name, "prompt_text": "x"} for name in ("../x", "a/b", "a-b")]
+    system = SimpleNamespace(sample_rate=RATE, generate=lambda texts, **_: torch.zeros(len(texts), 800),
+                             decode=lambda latents, iterations: latents)  # fmt: skip
+    rows = suite.save_clips({"base": system}, records, tmp_path / "audio", num_steps=1, seed=0)
+    assert [row["id"] for row in rows] == ["../x", "a/b", "a-b"] and rows[2]["file"] == "base_a-b.flac"
+    assert {f"audio/{row['file']}" for row in rows} == set(contents(tmp_path)) and len(contents(tmp_path)) == 3
+
+
 def test_candidates_of_best_of_are_kept_and_the_plain_clip_is_one_of_them(tmp_path):
     store, generator = clips.Store(tmp_path), Generator()
     plain = run(generator, tmp_path, store=store, samples_per_prompt=2)

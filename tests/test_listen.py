@@ -152,8 +152,25 @@ def test_trials_are_complete_random_and_fixed_by_the_seed(items):
     assert {(t["item"], *sorted((t["a"], t["b"]))) for t in trials} == {
         (i, *sorted(("base", s))) for i in range(100) for s in ("DPO", "GRPO")
     }
-    assert 70 < sum(t["a"] == "base" for t in trials) < 130
     assert listen.make_trials([{"prompt": "x", "clips": {"DPO": [0.0]}}], 0) == []
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 7, 8])
+def test_every_system_is_on_both_sides_equally_often(prompts):
+    items = [{"prompt": str(i), "clips": {name: [0.0] for name in ("base", "DPO", "GRPO")}} for i in range(prompts)]
+    more, orders = set(), set()
+    for seed in range(30):
+        trials = listen.make_trials(items, seed)
+        sides = {system: [t["a"] == system for t in trials if system in (t["a"], t["b"])] for system in ("DPO", "GRPO")}
+        assert all(abs(2 * sum(each) - prompts) == prompts % 2 and len(each) == prompts for each in sides.values())
+        more |= {2 * sum(each) - prompts for each in sides.values()}
+        orders.add(tuple(sides["DPO"]))
+        few = listen.make_trials(items, seed, count=prompts)
+        assert [(t["item"], {t["a"], t["b"]}) for t in few] == [(t["item"], {t["a"], t["b"]}) for t in trials[:prompts]]
+        for system in ("DPO", "GRPO"):
+            mine = [t["a"] == system for t in few if system in (t["a"], t["b"])]
+            assert abs(2 * sum(mine) - len(mine)) == len(mine) % 2
+    assert more == ({-1, 1} if prompts % 2 else {0}) and len(orders) > 1
 
 
 def test_blind_test_appends_hides_the_names_and_goes_on(items, tmp_path):
@@ -196,7 +213,8 @@ def test_answers_about_other_weights_do_not_count(items, tmp_path):
 
 def test_two_questions_share_a_file_and_not_their_answers(items, tmp_path):
     trials = listen.make_trials(items, 0)
-    (tmp_path / "listener.jsonl").write_text(json.dumps({"trial": 1, "a": "base", "b": "DPO", "preferred": "DPO"}) + "\n")
+    old = {key: trials[1][key] for key in ("trial", "id", "a", "b")} | {"preferred": "base", "listener": "listener"}
+    (tmp_path / "listener.jsonl").write_text(json.dumps(old) + "\n")
     first = listen.BlindTest(items, trials, tmp_path, sample_rate=RATE)
     assert [trial["trial"] for trial in first.open] == [0, 2]  # an answer of before there were questions is to the first
     first.choose("A")
@@ -210,6 +228,29 @@ def test_two_questions_share_a_file_and_not_their_answers(items, tmp_path):
     assert set(table["question"]) == {"preference", "consistency"} and table[["wins", "losses", "ties"]].to_numpy().sum() == 3
     with pytest.raises(ValueError, match="allowed are 'preference', 'consistency'"):
         listen.BlindTest(items, trials, tmp_path, sample_rate=RATE, question="better")
+
+
+def test_of_two_answers_to_the_same_clips_the_first_counts(tmp_path):
+    first = {"trial": 3, "id": "p0", "a": "base", "b": "DPO", "preferred": "DPO", "models": "aa", "question": "preference",
+             "listener": "Ann", "time": "2026-01-02T10:00:00+00:00"}  # fmt: skip
+    again = first | {"trial": 0, "a": "DPO", "b": "base", "preferred": "base", "time": "2026-01-02T11:30:00.123+01:00", "page": "x"}
+    later = again | {"time": "2026-01-02T10:30:01.000Z"}
+    others = [later | change for change in ({"listener": "Bob"}, {"id": "p1"}, {"b": "GRPO", "a": "base"}, {"models": "bb"},
+                                            {"question": "consistency"})]  # fmt: skip
+    for name, answers in (("a-page", [later, *others]), ("b-notebook", [first]), ("c-page", [again])):
+        for answer in answers:
+            listen.append_answer(tmp_path / f"{name}.jsonl", answer)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    loaded = listen.load_answers(tmp_path)
+    assert loaded == [first, *others] and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    table = listen.preference_rate(listen.load_answers(tmp_path, models="aa")).set_index(["question", "system"])
+    assert table.loc[("preference", "DPO"), ["wins", "losses"]].tolist() == [1, 2]  # Ann's first; Bob's, and hers of p1
+    untimed = {key: first[key] for key in first if key != "time"} | {"preferred": "tie"}
+    listen.append_answer(tmp_path / "d.jsonl", untimed)
+    assert listen.load_answers(tmp_path)[0] == untimed
+    listen.append_answer(tmp_path / "e.jsonl", first | {"time": "yesterday"})
+    with pytest.raises(ValueError, match=r"e.jsonl, line 1: not an answer"):
+        listen.load_answers(tmp_path)
 
 
 def test_blind_clips_are_equally_loud(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Needs a Chromium (RESONATE_CHROMIUM, else the PATH) and playwright; without them
 """
 
 import json
+import math
 import re
 
 import pytest
@@ -16,6 +17,16 @@ RATE = 16000
 EVIL = "a dog <img src=x onerror=alert(1)> </script><script>alert(2)</script> barks"
 COUNTED = "[...document.querySelectorAll('#summary td')].map(cell => cell.textContent)"
 WINS, LOSSES, TIES = 6, 2, 1
+READY = "document.querySelector('[data-choice]').disabled === false"
+HEARD = """async () => Promise.all(['audio-a', 'audio-b'].map(async id => {  // what a trial's players play
+    const player = document.getElementById(id), context = new OfflineAudioContext(1, 1, 16000);
+    const blob = await (await fetch(player.src)).blob(), buffer = await context.decodeAudioData(await blob.arrayBuffer());
+    const sound = buffer.getChannelData(0), middle = sound.slice(3000, 13000);
+    let turns = 0;
+    middle.forEach((value, i) => { turns += i && (value > 0) !== (middle[i - 1] > 0) ? 1 : 0; });
+    const rms = Math.sqrt(middle.reduce((sum, value) => sum + value * value, 0) / middle.length);
+    return {src: player.src, volume: player.volume, size: blob.size, seconds: buffer.duration, rms: rms, hertz: 0.8 * turns};
+}))"""
 
 
 @pytest.fixture
@@ -63,9 +74,15 @@ def test_a_listener_answers_the_page_and_the_answers_are_counted_and_saved(brows
     for number, (trial, preferred) in enumerate(zip(trials, wanted, strict=True)):
         assert page.text_content("#progress") == f"Trial {number + 1} of {len(trials)}"
         assert page.text_content("#blind-prompt") == trial["prompt"]
-        heard = page.evaluate("['audio-a', 'audio-b'].map(id => document.getElementById(id).src)")
-        named = [page.get_attribute(f"#clip-{trial['item']}-{('base', 'PPO').index(trial[side])}", "src") for side in "ab"]
-        assert heard == named
+        page.wait_for_function(READY)
+        heard = page.evaluate(HEARD)
+        tones = {"base": 440, "PPO": 500 + trial["item"]}
+        assert [clip["hertz"] for clip in heard] == pytest.approx([tones[trial[side]] for side in "ab"], abs=3)
+        assert [clip["volume"] for clip in heard] == [1, 1] and heard[0]["size"] == heard[1]["size"]
+        assert all(clip["src"].startswith("blob:") and 0.9 < clip["seconds"] < 1.3 for clip in heard)
+        assert abs(20 * math.log10(heard[0]["rms"] / heard[1]["rms"])) < 0.5 and heard[0]["rms"] > 0.2
+        if number == 1:  # the box of the named clips changes nothing here
+            page.check("#match")
         page.click(f"[data-choice={'tie' if preferred == 'tie' else 'A' if trial['a'] == preferred else 'B'}]")
         if number == 3:  # a listener who comes back goes on where she stopped
             page.reload()
@@ -83,6 +100,15 @@ def test_a_listener_answers_the_page_and_the_answers_are_counted_and_saved(brows
     assert table[["question", "system", "wins", "losses", "ties"]].tolist() == ["consistency", "PPO", WINS, LOSSES, TIES]
     assert [round(100 * table[name]) for name in ("rate", "low", "high")] == [75, 41, 93]
     assert not spoken, "a prompt was executed, or the page has an error"
+
+
+def test_without_a_way_to_make_clips_equally_loud_nothing_is_asked(browser, path):
+    page = browser.new_page()
+    page.add_init_script("delete window.OfflineAudioContext; delete window.webkitOfflineAudioContext")
+    page.goto(path.as_uri())
+    page.click("#begin")
+    page.wait_for_selector("#blind-trouble")
+    assert page.locator("[data-choice]:disabled").count() == 3 and page.locator("#blind-run audio[src]").count() == 0
 
 
 def test_every_player_of_the_page_plays(browser, path):

@@ -99,6 +99,23 @@ def test_t_interval_by_hand_and_its_coverage():
     assert 0.93 <= held / 2000 <= 0.97
 
 
+def test_answers_that_share_prompts_and_listeners_count_less():
+    won = np.array([1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0])
+    prompts, listeners = np.repeat(list("abcde"), 4), np.tile([0, 1, 2, 3], 5)
+    means, rate, total = won.reshape(5, 4).mean(axis=1), won.mean(), len(won)
+    variance, own = means.var(ddof=1) / 5, rate * (1 - rate) / (total - 1)  # equal prompts: the variance of a mean of means
+    wide = stats.clustered_rate(won, prompts)
+    z = scipy.stats.t.ppf(0.975, variance**2 / ((variance - own) ** 2 / 4))
+    for end in (wide.low, wide.high):  # Wilson's ends are where the rate lies z deviations off
+        assert abs(rate - end) / math.sqrt(end * (1 - end) * variance / own / total) == pytest.approx(z)
+    plain = stats.wilson(won.sum(), total)
+    assert wide.mean == plain.mean and wide.low < plain.low and wide.high > plain.high
+    assert stats.clustered_rate(won, listeners, prompts) == stats.clustered_rate(won, prompts, listeners)
+    assert stats.clustered_rate(won, np.arange(total), np.zeros(total)) == stats.clustered_rate(won) == plain
+    assert stats.clustered_rate(np.ones(8), [0] * 4 + [1] * 4) == stats.wilson(8, 8)
+    assert math.isnan(stats.clustered_rate([], []).mean)
+
+
 def test_wilson_known_values():
     assert stats.wilson(8, 10)[1:] == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert stats.wilson(0, 10)[1:] == pytest.approx((0, 0.2775), abs=1e-4)

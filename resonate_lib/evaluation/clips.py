@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 import shutil
 import time
 import zlib
@@ -44,7 +43,7 @@ class Wanted(NamedTuple):
     @property
     def file(self) -> str:
         """`<prompt id>_<sample>-<8 hex of the prompt's text and the seed>.flac`."""
-        return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', self.id)[:80]}_{self.sample}-{record.hash8([self.prompt, self.seed])}.flac"
+        return f"{audio_io.file_stem(self.id)}_{self.sample}-{record.hash8([self.prompt, self.seed])}.flac"
 
 
 class Store:

@@ -224,14 +224,41 @@ def wilson(successes: int, total: int, *, confidence: float = 0.95) -> Interval:
         raise ValueError(f"successes={successes}, total={total}: allowed are 0 <= successes <= total; check the counts")
     if total == 0:
         return Interval(NAN, NAN, NAN)
-    z = float(scipy_stats.norm.ppf((1 + confidence) / 2))
-    rate = successes / total
+    return _score_interval(successes / total, total, float(scipy_stats.norm.ppf((1 + confidence) / 2)))
+
+
+def clustered_rate(successes, *labels, confidence: float = 0.95) -> Interval:
+    """A rate of answers (M,), each 0 or 1, that share units of one or more kinds, such as prompts and listeners.
+
+    labels: of each kind the unit (M,) of every answer. What the sums of a kind's units vary more than those of independent answers
+    adds to the rate's variance (two-way clustering, Cameron, Gelbach & Miller 2011, with one answer a cell). Wilson's interval is
+    taken at the number of independent answers with that variance, with Student's quantile at Satterthwaite's degrees of freedom
+    (1946). So it is `wilson` or wider, and exactly `wilson` where no unit has two answers or all answers are alike.
+    """
+    successes = np.asarray(successes, float)
+    total, won = len(successes), int(successes.sum())
+    if won in (0, total):
+        return wilson(won, total, confidence=confidence)
+    rate = won / total
+    own, excess, pieces = rate * (1 - rate) / (total - 1), 0.0, 0.0
+    for kind in labels:
+        units = np.unique(np.asarray(kind), return_inverse=True)[1]
+        shares = np.bincount(units) / total
+        if 1 < len(shares) < total:
+            between = np.sum((np.bincount(units, successes - rate) / total) ** 2) / (1 - np.sum(shares**2))
+            more = max(0.0, between - own)
+            excess, pieces = excess + more, pieces + more**2 / (len(shares) - 1)
+    if excess == 0:
+        return wilson(won, total, confidence=confidence)
+    z = float(scipy_stats.t.ppf((1 + confidence) / 2, (own + excess) ** 2 / pieces))
+    return _score_interval(rate, total * own / (own + excess), z)
+
+
+def _score_interval(rate: float, total: float, z: float) -> Interval:
     centre = (rate + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * np.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
     # rounding would otherwise leave 1e-17 instead of the exact ends
-    low = 0.0 if successes == 0 else float(centre - half)
-    high = 1.0 if successes == total else float(centre + half)
-    return Interval(rate, low, high)
+    return Interval(rate, 0.0 if rate == 0 else float(centre - half), 1.0 if rate == 1 else float(centre + half))
 
 
 def _deviation(scores: np.ndarray) -> float:

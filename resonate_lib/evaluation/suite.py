@@ -144,7 +144,7 @@ def save_clips(
     for name, generator in systems.items():
         latents = generator.generate(texts, steps=num_steps, guidance_scale=guidance_scale, seeds=seeds)
         for record, clip in zip(records, generator.decode(latents, iterations=iterations), strict=True):
-            file = f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{record['id']}.flac"
+            file = f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{audio.file_stem(record['id'])}.flac"
             audio.write(Path(folder) / file, clip, generator.sample_rate)
             rows.append({"system": name, "id": record["id"], "prompt": record["prompt_text"], "file": file})
     return rows
