@@ -426,7 +426,7 @@ def gains(table: pd.DataFrame, *, metric: str = "exact", base: str = "base", tit
         ax.plot(middle, place, marker="o" if clear else "D", color=COLORS[0] if clear else "#888888")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [f"{row['system']} ({row['setting']})" for _, row in rows.iterrows()])
-    ax.set(xlabel=f"gain of {metric.replace('_', ' ')} over {base} (paired 95 % interval; grey: not shown to differ)", title=title)
+    ax.set(xlabel=f"gain of {metric.replace('_', ' ')} over {base}\n(paired 95 % interval; grey: not shown to differ)", title=title)
     return figure
 
 

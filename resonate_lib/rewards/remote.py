@@ -6,6 +6,7 @@ first token; the score is made of them as `omni` makes it of logits. Needs nothi
 
 from __future__ import annotations
 
+import abc
 import base64
 import http.client
 import io
@@ -35,7 +36,7 @@ NEVER = -1e4  # stands for a log-probability of minus infinity
 AGAIN = (408, 425, 429)  # besides 5xx: statuses that may pass
 
 
-class Client:
+class Client(abc.ABC):
     """Requests to a chat-completions server, several at a time; what is asked and how a reply is read are its subclasses'.
 
     source: `http://host:port/v1#model`, the model as the server names it. in_flight: requests at a time. timeout: seconds that
@@ -60,9 +61,9 @@ class Client:
         self.family = family_named(self.model)
         self.in_flight, self.timeout, self.attempts, self.backoff, self.top = in_flight, timeout, attempts, backoff, top
 
+    @abc.abstractmethod
     def read(self, reply: bytes):
         """What a reply says; each kind of client has its own."""
-        raise NotImplementedError
 
     def send(self, bodies: Iterable[Callable[[], dict]], count: int) -> list:
         """`read` of the replies to `count` requests, each made when it is its turn; after one failure nothing more is sent."""
