@@ -12,6 +12,8 @@ from resonate_lib.diffusion import Diffusion
 from resonate_lib.models.codec import MelCodec
 from resonate_lib.models.generator import Generator
 
+VALIDATIONS = 12  # times in a training that the loss on held-out clips is measured; the last time after its last step
+
 
 def fit_codec(corpus, *, clips: int = 3000, **config) -> tuple[MelCodec, float]:
     """A mel codec fitted on the corpus's first clips; returns it and the share of variance its components keep."""
@@ -51,6 +53,11 @@ def encode_only(generator: Generator, corpus) -> "torch.Tensor | OnlineLatents":
         return OnlineLatents(generator, corpus)
     return torch.cat([generator.encode_audio(corpus.waveforms(range(start, min(start + 256, len(corpus)))))
                       for start in range(0, len(corpus), 256)])
+
+
+def held_out(generator: Generator, corpus) -> tuple:
+    """(latents, captions) of a corpus as `validation_loss` takes them: the first caption of every clip."""
+    return encode_only(generator, corpus), [record["caption"] for record in corpus.records]
 
 
 class OnlineLatents:
@@ -95,9 +102,12 @@ def channel_weight(generator: Generator) -> torch.Tensor | None:
 def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, batch_size: int = 64,
           learning_rate: float = 1e-3, caption_dropout: float = 0.1, time_mean: float = 0.0,
           warmup: int = 100, weight_decay: float = 1e-6, eps: float = 1e-8,
-          precision: str = "auto", seed: int = 0, checkpoint=None,
+          precision: str = "auto", seed: int = 0, checkpoint=None, held=None,
           label: str = "base", micro_batch: int = 0, checkpointing: bool = False) -> list[dict]:
     """Train generator.network in place on normalised latents (n, N, C); captions(positions, rng) -> list[str].
+
+    held: (latents, captions) of held-out clips: VALIDATIONS of the returned rows then have `validation_loss`, the same loss there
+    at the same draws each time, so that its curve shows whether more steps would still help.
 
     Channels count by the square root of their deviation in the raw latent: whitened principal components are equally loud to
     the network, but the first carry the events and the last only texture. AdamW (0.9, 0.95; eps), gradient norm at most 1,
@@ -129,12 +139,19 @@ def train(generator: Generator, latents: torch.Tensor, captions, *, steps: int, 
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        return metrics | {"grad_norm": norm.item()}
+        metrics |= {"grad_norm": norm.item()}
+        if held and _validation_is_due(index + 1, steps):
+            metrics["validation_loss"] = validation_loss(generator, *held, time_mean=time_mean, precision=precision)
+        return metrics
 
     history = training.fit(step, steps=steps, label=label, seed=seed, checkpoint=checkpoint, save_every=500,
                            modules={"network": network, "optimizer": optimizer, "schedule": schedule})
     network.eval().checkpointing = False
     return history
+
+
+def _validation_is_due(done: int, steps: int) -> bool:
+    return done * VALIDATIONS // steps > (done - 1) * VALIDATIONS // steps
 
 
 def _backward(process, network, draws, condition, weight, precision, part: slice, share: float) -> dict[str, float]:
@@ -148,35 +165,39 @@ def _backward(process, network, draws, condition, weight, precision, part: slice
 
 
 def train_by(generator: Generator, latents, captions, config, *, steps: int | None = None, learning_rate: float | None = None,
-             seed: int = 0, checkpoint=None, label: str = "base") -> list[dict]:
+             seed: int = 0, checkpoint=None, held=None, label: str = "base") -> list[dict]:
     """`train` by a `PretrainConfig`; steps and learning_rate stand in for the config's."""
     steps = steps or config.steps
     same = {name: getattr(config, name) for name in ("batch_size", "caption_dropout", "time_mean", "weight_decay", "eps",
                                                      "precision", "micro_batch", "checkpointing")}  # fmt: skip
     return train(generator, latents, captions, steps=steps, learning_rate=learning_rate or config.learning_rate,
-                 warmup=min(config.warmup_steps, steps // 4), seed=seed, checkpoint=checkpoint, label=label, **same)
+                 warmup=min(config.warmup_steps, steps // 4), seed=seed, checkpoint=checkpoint, held=held, label=label, **same)
 
 
 @torch.no_grad()
-def validation_loss(generator: Generator, latents: torch.Tensor, captions: list[str], *, seed: int = 0) -> float:
-    """The loss of `train` on held-out latents (n, N, C), at times and noises that the seed fixes."""
-    rng, process = torch.Generator().manual_seed(seed), generator.diffusion or flow
+def validation_loss(generator: Generator, latents: torch.Tensor, captions: list[str], *, time_mean: float = 0.0, seed: int = 0,
+                    precision: str = "auto") -> float:
+    """The loss of `train` on held-out latents (n, N, C), every caption kept, at times and noises that the seed fixes."""
+    rng, process, weight = torch.Generator().manual_seed(seed), generator.diffusion or flow, channel_weight(generator)
     total = 0.0
     for start in range(0, len(latents), 128):
         part = latents[start : start + 128].to(generator.device)
         condition = generator.encode_prompts(captions[start : start + 128])
-        draws = flow.draw_noising(part, generator=rng, caption_dropout=0.0)
-        total += float(process.noised_loss(generator.network, part, condition, *draws)) * len(part)
+        draws = flow.draw_noising(part, generator=rng, caption_dropout=0.0, time_mean=time_mean)
+        with training.autocast(precision, generator.device.type):
+            loss = process.noised_loss(generator.network, part, condition, *draws, weight=weight)
+        total += loss.item() * len(part)
     return total / len(latents)
 
 
-def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, checkpoint=None,
+def build_base(corpus, config, *, validation=None, seed: int = 0, steps: int | None = None, checkpoint=None,
                diffusion: Diffusion | None = None) -> tuple[Generator, list[dict], float]:
     """A generator trained from nothing on a corpus: codec fit, latents, flow matching by a `PretrainConfig`, or with `diffusion`
     a model of that process.
 
-    steps: other than config.steps (a demonstration). The corpus's audio is let go once its latents are known: at 12,000 scenes
-    1.5 GB. Returns the generator, the history, and the share of variance the codec keeps.
+    validation: a corpus of held-out clips whose loss is followed. steps: other than config.steps (a demonstration). The training
+    corpus's audio is let go once its latents are known: at 12,000 scenes 1.5 GB. Returns the generator, the history, and the share
+    of variance the codec keeps.
     """
     codec, kept = fit_codec(corpus)
     generator = Generator.new(codec, hidden_dim=config.hidden_dim, depth=config.depth, fused_depth=config.fused_depth,
@@ -184,6 +205,7 @@ def build_base(corpus, config, *, seed: int = 0, steps: int | None = None, check
                               text_seq_len=config.text_seq_len, seed=seed, diffusion=diffusion)
     latents = encode_corpus(generator, corpus)
     corpus.audio = corpus.audio[:0].copy()
-    history = train_by(generator, latents, corpus.captions, config, steps=steps, seed=seed, checkpoint=checkpoint,
+    held = None if validation is None else held_out(generator, validation)
+    history = train_by(generator, latents, corpus.captions, config, steps=steps, seed=seed, checkpoint=checkpoint, held=held,
                        label="diffusion base" if diffusion else "base")
     return generator, history, kept

@@ -419,10 +419,27 @@ def test_pretraining_learns_the_process_that_the_generator_has():
         row = pretrain.train(toy, latents, captions, steps=1, batch_size=8, precision="float32")[0]
         assert row["loss"] == pytest.approx(want, rel=1e-5)
         toy.device = torch.device("cpu")
-        found = pretrain.validation_loss(toy, latents, captions(range(20), None), seed=4)
+        found = pretrain.validation_loss(toy, latents, captions(range(20), None), seed=4, precision="float32")
         draws = flow.draw_noising(latents, generator=torch.Generator().manual_seed(4), caption_dropout=0.0)
         cond = toy.encode_prompts(captions(range(20), None))
         assert found == pytest.approx((process or flow).noised_loss(toy.network, latents, cond, *draws).item(), rel=1e-5)
+
+
+def test_the_loss_of_held_out_clips_is_followed():
+    """Twelve times in a training, at the same draws; it changes nothing of what is learned."""
+    latents, captions = toy_latents()
+    rows, toys = {}, {}
+    for held in (None, (latents[:10], captions(range(10), None))):
+        toy = toys[held is None] = ToyGenerator()
+        toy.diffusion, toy.device = None, torch.device("cpu")
+        toy.network.latent_std.data.fill_(1.0)
+        rows[held is None] = pretrain.train(toy, latents, captions, steps=30, batch_size=8, time_mean=1.0, held=held,
+                                            precision="float32")
+    assert [row["loss"] for row in rows[True]] == [row["loss"] for row in rows[False]]
+    found = {row["step"] + 1: row["validation_loss"] for row in rows[False] if "validation_loss" in row}
+    assert len(found) == 12 and max(found) == 30 and not any("validation_loss" in row for row in rows[True])
+    after = pretrain.validation_loss(toys[False], latents[:10], captions(range(10), None), time_mean=1.0, precision="float32")
+    assert found[30] == after
 
 
 def test_training_lowers_the_loss():

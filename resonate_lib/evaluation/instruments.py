@@ -155,7 +155,9 @@ def build(name: str, configs: dict, *, seed: int, folder: Path, state: Path | No
         if configs["suite"].world == "folder":
             return _build_published(configs, config, process, seed=seed, folder=folder, state=state)
         corpus = open_corpus(data, "train", seed=seed, cache=cache)
-        base, history, kept = pretrain.build_base(corpus, config, seed=seed, checkpoint=state, diffusion=process)
+        validation = open_corpus(data, "validation", seed=seed, cache=cache).first(rewards.eval_clips)
+        base, history, kept = pretrain.build_base(corpus, config, validation=validation, seed=seed, checkpoint=state,
+                                                  diffusion=process)
         made = {"clips": len(corpus), "world_seed": data.world_seed, "variance_kept": kept}
         base.save(folder, bits=BITS, seed=seed, **made, **plain(config))
     elif name == "judge":
@@ -187,10 +189,12 @@ def _build_published(
     mode = codec_mode(suite.sample_rate)
     generator = Generator.new_published(suite.weights, mode=mode, seconds=suite.seconds, seed=seed, diffusion=process, **places,
                                         **sizes)
-    corpus = FolderWorld(configs["data"], sample_rate=generator.sample_rate, seconds=suite.seconds).corpus("train", seed=seed)
+    world = FolderWorld(configs["data"], sample_rate=generator.sample_rate, seconds=suite.seconds)
+    corpus = world.corpus("train", seed=seed)
     pretrain.measure_statistics(generator, corpus)
+    held = pretrain.held_out(generator, world.corpus("validation", seed=seed).first(configs["reward"].eval_clips))
     history = pretrain.train_by(generator, pretrain.encode_only(generator, corpus), corpus.captions, config, seed=seed,
-                                checkpoint=state)
+                                checkpoint=state, held=held)
     generator.save(folder, seed=seed, clips=len(corpus), **plain(config))
     return history
 
