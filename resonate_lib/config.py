@@ -340,7 +340,7 @@ class PPOConfig(Config):
 
     @property
     def trainable_steps(self) -> int:
-        """How many of the first steps may be trained; the last is deterministic."""
+        """How many of the first steps may be trained, never the last (`ppo.trained_steps`)."""
         return min(int(self.num_steps * self.timestep_fraction), self.num_steps - 1)
 
     def check(self) -> None:

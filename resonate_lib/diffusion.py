@@ -172,11 +172,11 @@ class Diffusion:
 
         kind "ddim": the share eta of the ancestral deviation, 0 deterministic; "ancestral": `samplers.ddpm_step` with that
         variance. generators, noises and window=(first, length) as in `samplers.rollout`; steps outside the window are DDIM
-        with eta 0. A step that ends in data draws nothing and has no density. ValueError for another kind, a negative eta, or an
-        eta beside 1 of the ancestral sampler.
+        with eta 0. A step that ends in data draws nothing and has no density. ValueError for another kind, an eta outside 0 to
+        1, or an eta beside 1 of the ancestral sampler.
         """
-        if kind not in KINDS or eta < 0 or (kind == "ancestral" and eta != 1):
-            raise ValueError(f"kind={kind!r}, eta={eta}: allowed are kind='ddim' with eta of 0 or more, and kind='ancestral'")
+        if kind not in KINDS or not 0 <= eta <= 1 or (kind == "ancestral" and eta != 1):
+            raise ValueError(f"kind={kind!r}, eta={eta}: allowed are kind='ddim' with eta from 0 to 1, and kind='ancestral'")
         noise, grid = noise.to(network.latent_mean.device), self.grid(steps)
         times, bars = grid.times.to(noise.device), grid.alpha_bars
         first, length = window or (0, steps)

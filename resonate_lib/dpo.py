@@ -149,12 +149,20 @@ def pair_errors(
     return tuple(flow.velocity_error(velocity, flow.velocity_target(x0, noise)).chunk(2))
 
 
-def update(network, reference, optimizer, pairs: Pairs, config, generator: torch.Generator) -> dict[str, float]:
-    """One optimizer step on config.batch_size pairs drawn without replacement (all of them when there are fewer).
+def batch_rows(pairs: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """(min(batch_size, pairs),) int64: the pairs of one step. Every pair is seen once in a random order before any is seen again,
+    in another order; a function of (seed, step)."""
+    size = min(batch_size, pairs)
+    first, last = step * size // pairs, (step * size + size - 1) // pairs  # passes over the pairs that the step lies in
+    orders = [torch.randperm(pairs, generator=step_generator(seed, number)) for number in range(first, last + 1)]
+    return torch.cat(orders)[step * size - first * pairs :][:size]
+
+
+def update(network, reference, optimizer, pairs: Pairs, rows: Tensor, config, generator: torch.Generator) -> dict[str, float]:
+    """One optimizer step on the pairs `rows` (`batch_rows`).
 
     A pass takes at most config.micro_batch clips, half as many pairs. t is uniform on [0, 1] (published; TangoFlux: logit-normal).
     """
-    rows = torch.randperm(len(pairs), generator=generator)[: config.batch_size]
     t = torch.rand(len(rows), generator=generator)
     noise = torch.randn(len(rows), *pairs.win.shape[1:], generator=generator)
 
@@ -207,7 +215,8 @@ def train(
             its = made[number]
             win, lose = its.rewards.mean(0).tolist()
             data = {"pairs": float(len(its)), "tied_pairs": float(its.ties), "reward_win": win, "reward_lose": lose}
-            metrics = update(policy, reference, optimizer, its, config, random) | data
+            rows = batch_rows(len(its), config.batch_size, i - number * config.fresh_every, draw_seed(step_generator(seed, number)))
+            metrics = update(policy, reference, optimizer, its, rows, config, random) | data
             if callback is not None:
                 callback(i, metrics)
             return metrics

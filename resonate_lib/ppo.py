@@ -8,7 +8,7 @@ every step but the last, where it is the clip's. Only the mean depends on the we
 
 What is subtracted is what a critic expects of x_j ("gae", which may also take its later opinions for part of the reward), or the
 mean of the clips of one prompt ("prompt"). Several updates are made from one batch, so what is differentiated is the ratio of
-the new density to the one that sampled, clipped. A step without noise has no density, and is not trained.
+the new density to the one that sampled, clipped. The last step is not trained.
 
 Formulas and critic first, then one round's estimates and updates, then `train`. Sources: PPO (arXiv 1707.06347), GAE
 (1506.02438), DDPO (2305.13301) for the decision process and the prompts' means, DPOK (2305.16381) for the KL to the start. As
@@ -19,8 +19,8 @@ a prompt's mean and deviation are those of one round's clips, not of a buffer of
 import torch
 from torch import Tensor, nn
 
-from resonate_lib import diffusion
-from resonate_lib.grpo import clipped_surrogate, draw_window, kl_penalty, trained_steps
+from resonate_lib import diffusion, grpo
+from resonate_lib.grpo import clipped_surrogate, draw_window, kl_penalty
 from resonate_lib.models.layers import timestep_sinusoid
 from resonate_lib.online import (
     Rollouts,
@@ -130,7 +130,7 @@ def critic_advantages(critic: Critic, rollouts: Rollouts, config) -> tuple[Tenso
     advantages = gae(rewards, values, gamma=config.gamma, lam=config.lam)
     to_come = gae(rewards, torch.zeros_like(values), gamma=config.gamma, lam=1.0)
     known, returns = explained_variance(values[:, :-1], to_come), advantages + values[:, :-1]
-    trained = advantages[:, trained_steps(rollouts.trajectory, config.timestep_fraction)]
+    trained = advantages[:, trained_steps(rollouts.trajectory, config)]
     tied = bool((rollouts.rewards == rollouts.rewards[0]).all())
     advantages = (advantages - trained.mean()) / (trained.std(correction=0) + EPS)
     return (torch.zeros_like(advantages) if tied else advantages).cpu(), returns, known
@@ -156,6 +156,12 @@ def fit_values(critic: Critic, optimizer, rollouts: Rollouts, returns: Tensor, c
             optimizer_step(critic, optimizer, config.max_grad_norm)
             errors.append(error.item())
     return sum(errors) / len(errors)
+
+
+def trained_steps(chain: diffusion.Chain, config) -> list[int]:
+    """`grpo.trained_steps`, never the last: it has no density, or, in schedules that stop a little before the data (AudioLDM's), so
+    little noise that its ratios and divergences would outweigh those of all others."""
+    return [j for j in grpo.trained_steps(chain, config.timestep_fraction) if j < config.num_steps - 1]
 
 
 def entropy(chain: diffusion.Chain, steps: list[int]) -> float:
@@ -222,7 +228,7 @@ def update(
     the one that sampled (kl_old, exact); the passes end, before the step, at the first minibatch where that is above
     config.target_kl (0: never). At the first minibatch of a round the two policies are one. Metrics: see `train`.
     """
-    steps = trained_steps(rollouts.trajectory, config.timestep_fraction)
+    steps = trained_steps(rollouts.trajectory, config)
     kept, rows, norms = advantages.any(1).nonzero().flatten(), [], []
     noise = {"entropy": entropy(rollouts.trajectory, steps)}
     if not len(kept):

@@ -160,8 +160,8 @@ def ddim_step(
     clipped. log_prob (B,): mean over dimensions; None where eta is 0 or alpha_bar_next is 1, since nothing is random
     there. Source: DDIM eq. 12 and 16.
     """
-    if eta < 0:
-        raise ValueError(f"eta={eta}: must be 0 (deterministic) or more")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}: must lie between 0 (deterministic) and 1 (the schedule's whole noise)")
     x, out, ab, ab_next = x.float(), model_output.float(), _column(alpha_bar, x), _column(alpha_bar_next, x)
     x0, eps = _data_and_noise(x, out, ab, prediction)
     std = eta * torch.sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next).clamp(min=0))

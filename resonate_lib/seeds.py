@@ -164,13 +164,16 @@ def _methods(version: Path, n: int) -> None:
     from resonate_lib.evaluation import efficiency, report
 
     made = int(versions.read_table(version / "metrics" / "ppo_table.csv")["clips_made"].max())  # the seeds' own tables say so
-    table, names = efficiency.outcome(versions.read_rows(version, "ppo_rows"), clips=made, n=n)
+    rows = versions.read_rows(version, "ppo_rows")
+    table, names = efficiency.outcome(rows, clips=made, n=n)
     runs.write_table(version / "metrics", "ppo_table", table)
-    judged = [name for name in names if name not in ("reward", "order")][:2]
-    shown = efficiency.shown(table, ["reward", *judged])
+    judged = efficiency.judge_of(names)
+    compared = [name for name in ("reward", judged) if name]
+    runs.write_table(version / "metrics", "ppo_between", efficiency.between(rows, compared, n=n))
+    shown = efficiency.shown(table, [name for name in ("reward", judged, "exact") if name in names])
     record.atomic_write(version / "metrics" / "ppo_table.md", report.to_markdown(shown))
     title = f"{table['prompts'].max()} held-out prompts, {table['seeds'].max()} seeds, {made} clips a method"
-    for metric in ("reward", *judged[:1]):
+    for metric in compared:
         figure = plots.gains(table, metric=metric, base="its own base", title=title)
         plots.save(figure, version / "figures" / f"ppo_gains_{metric}.png")
     _reach(version)

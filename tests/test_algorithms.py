@@ -497,3 +497,13 @@ def test_dpo_starts_at_ln_2_and_prefers_winners_after_training():
 def test_too_few_records_are_an_error():
     with pytest.raises(ValueError, match="3 prompts a step"):
         grpo.train(ToyGenerator(), toy_reward, RECORDS[:2], GRPO)
+
+
+@pytest.mark.parametrize(("pairs", "size"), [(10, 4), (7, 3), (5, 5), (3, 8), (12, 4)])
+def test_every_pair_is_seen_before_any_is_seen_again(pairs, size):
+    batches = [dpo.batch_rows(pairs, size, step, seed=5).tolist() for step in range(2 * pairs)]
+    assert all(len(batch) == min(size, pairs) for batch in batches)
+    seen = [row for batch in batches for row in batch]
+    passes = [seen[start : start + pairs] for start in range(0, len(seen) - pairs + 1, pairs)]
+    assert all(sorted(part) == list(range(pairs)) for part in passes)
+    assert len({tuple(part) for part in passes}) > 1 and batches[0] != dpo.batch_rows(pairs, size, 0, seed=6).tolist()

@@ -89,12 +89,22 @@ def test_a_curve_has_clips_seconds_gain_and_what_the_probe_heard():
     curve = efficiency.learning_curve(history, GRPOConfig(prompts_per_step=4, group_size=3), [5.0, 6.0, 7.0], start)
     assert [(row["clips"], row["seconds"]) for row in curve] == [(0, 0.0), (24, 6.0), (36, 7.0)]
     assert [row["gain"] for row in curve] == pytest.approx([0, 0.5, 1.5]) and curve[1]["probe_exact"] == 0.2
+    assert [(row["clips_from"], row["seconds_from"]) for row in curve] == [(0, 0.0), (12, 5.0), (36, 7.0)]
+    offline = efficiency.learning_curve(history, DPOConfig(pairs=6), [5.0, 6.0, 7.0], start)  # all its clips come first
+    assert [(row["clips_from"], row["clips"]) for row in offline] == [(0, 0), (12, 12), (12, 12)]
 
 
 def test_reached_is_where_a_gain_stays():
     curve = [{"gain": gain, "clips": 10 * i} for i, gain in enumerate([0.0, 3.0, 0.5, 0.9, 1.3, 1.0])]
     assert efficiency.reached(curve, 0.5)["clips"] == 10 and efficiency.reached(curve, 1.0)["clips"] == 40
     assert efficiency.reached(curve, 2.0) is None and efficiency.reached(curve[:2], 2.0)["clips"] == 10  # the last look of all
+
+
+def test_fewest_names_whoever_may_have_been_first():
+    rows = {"PPO": (20, 40), "GRPO": (30, 50), "NFT": (41, 60), "DPO": None}
+    reached = {name: row and {"clips_from": row[0], "clips": row[1]} for name, row in rows.items()}
+    assert efficiency.fewest(reached, "clips") == ["PPO", "GRPO"]
+    assert efficiency.fewest({"DPO": None}, "clips") == []
 
 
 def test_clips_to_a_gain_over_seeds_count_what_was_not_reached():
@@ -140,6 +150,30 @@ def rows_of(system, rewards, counts):
          "reward": rewards, "exact": 0.0, "tp": [c[0] for c in counts], "fp": [c[1] for c in counts],
          "fn": [c[2] for c in counts]}
     )  # fmt: skip
+
+
+def test_between_methods_each_against_its_own_base():
+    counts = [(1, 0, 1)] * 40
+    levels = {"diffusion base": 0.0, "PPO": 0.3, "flow base": 0.5, "GRPO": 0.6, "DPO": 0.6}
+    rng = np.random.default_rng(0)
+    rows = pd.concat([rows_of(name, level + 0.01 * rng.standard_normal(40), counts) for name, level in levels.items()])
+    table = efficiency.between(rows, ["reward", "event_f1"], n=500).set_index(["metric", "a", "b"])
+    assert len(table) == 6 and not table.loc["event_f1"]["shown"].any()
+    found = table.loc["reward"]
+    assert found.loc["PPO", "GRPO"]["difference"] == pytest.approx(0.2, abs=0.01) and found.loc["PPO", "GRPO"]["shown"] == 1
+    assert found.loc["GRPO", "DPO"]["difference_low"] < 0 < found.loc["GRPO", "DPO"]["difference_high"]
+    assert (found["p_holm"] >= found["p"]).all()
+
+
+def test_how_often_the_judge_fell_by_kind():
+    table = pd.DataFrame({"kind": ["count", "count", "while", "while", "while"], "reward": [0.5, 0.05, 0.4, -0.3, -0.2],
+                          "event_f1": [-0.1, -0.1, 0.2, -0.5, 0.1]})  # fmt: skip
+    found = efficiency.fooled_by(table, "event_f1", least=0.1).set_index("kind")
+    assert found["clips"].tolist() == [2, 3, 5] and found["rose"].tolist() == [1, 1, 2]
+    assert found["fell_of_rose"].tolist() == [1, 0, 0.5] and found["fell_of_others"].tolist()[1:] == [0.5, 0.5]
+    assert tuple(found.loc["all", ["fell_of_rose", "fell_of_rose_low", "fell_of_rose_high"]]) == tuple(stats.wilson(1, 2))
+    assert len(efficiency.fooled(table, "event_f1", least=0.1)) == 1 and len(efficiency.fooled(table, "event_f1")) == 2
+    assert efficiency.fooled_by(table.drop(columns="kind"), "event_f1")["kind"].tolist() == ["all"]
 
 
 def test_changes_and_fooled_by_hand():

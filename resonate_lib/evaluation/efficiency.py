@@ -1,5 +1,5 @@
 """Trainings compared at equal numbers of generated clips: what such a number means for each method, what was learned by then
-and how long it took, and on which clips the reward rose while the judge's score fell.
+and how long it took, which method changed its clips more, and on which clips the reward rose while the judge's score fell.
 
 Times never go into metrics (they differ between equal runs): curves hold them for figures, `runs.Run.record` for the record.
 """
@@ -7,6 +7,7 @@ Times never go into metrics (they differ between equal runs): curves hold them f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 
 from resonate_lib import online, record, training
 from resonate_lib.config import DPOConfig, GRPOConfig, NFTConfig, PPOConfig
-from resonate_lib.evaluation import measures, report, suite
+from resonate_lib.evaluation import measures, report, stats, suite
 
 Trained = DPOConfig | GRPOConfig | NFTConfig | PPOConfig
 BASES = {"PPO": "diffusion base", "GRPO": "flow base", "NFT": "flow base", "DPO": "flow base"}  # what each was tuned from
@@ -37,7 +38,8 @@ def clips_made(config: Trained) -> int:
 def at_clips(config: Trained, clips: int) -> Trained:
     """The same training with exactly `clips` generated clips, in rounds as near in size to its own as can be.
 
-    Online: groups stay as large, the number of rounds changes, and the prompts a round where it must. DPO: so many pairs, with
+    Online: groups stay as large, the number of rounds changes, and the prompts a round where it must, of two sizes as near the
+    smaller, which makes more rounds. DPO: so many pairs, with
     fresh_every in rounds, each with the same number of optimizer steps; of one set of pairs it takes at least as many steps as see
     each pair once. ValueError where no round of half to twice the size divides the clips.
     """
@@ -52,7 +54,7 @@ def at_clips(config: Trained, clips: int) -> Trained:
             f"{clips} clips cannot be made in equal rounds of {-(-size // 2)} to {2 * size} {what}: use other steps, "
             "prompts_per_step or group_size"
         )
-    chosen = min(sizes, key=lambda n: (abs(n - size), -n))
+    chosen = min(sizes, key=lambda n: (abs(n - size), n))
     rounds = clips // (unit * chosen)
     if not dpo:
         return replace(config, steps=rounds, prompts_per_step=chosen)
@@ -155,12 +157,18 @@ class Probe:
 
 def learning_curve(history: Sequence[Mapping], config: Trained, seconds: Sequence[float], start: Mapping) -> list[dict]:
     """A row for the start (`Probe.start`) and for each look of the probe: `clips` generated and `seconds` passed by then, `gain` of
-    the reward over the start in deviations of the clips at the start, and what the probe's watch noted."""
+    the reward over the start in deviations of the clips at the start, and what the probe's watch noted.
+
+    `clips_from` and `seconds_from`: of the first step after the look before. Whatever a look finds, it may have been so since then.
+    """
     mean, deviation = start["probe_mean"], start["probe_std"] + 1e-8
-    looks = [(row, clips_by(config, row["step"]), s) for row, s in zip(history, seconds, strict=True) if "probe_mean" in row]
-    return [{"clips": clips, "gain": (row["probe_mean"] - mean) / deviation, "seconds": s}
+    places = [i for i, row in enumerate(history) if "probe_mean" in row]
+    spent = [{"clips": clips_by(config, row["step"]), "seconds": s} for row, s in zip(history, seconds, strict=True)]
+    looks = [(history[i], spent[i], spent[before + 1]) for before, i in zip([-1, *places], places, strict=False)]
+    nothing = {"clips": 0, "seconds": 0.0}
+    return [{**here, **{f"{name}_from": value for name, value in since.items()}, "gain": (row["probe_mean"] - mean) / deviation}
             | {name: value for name, value in row.items() if name.startswith("probe_")}
-            for row, clips, s in [(start, 0, 0.0), *looks]]  # fmt: skip
+            for row, here, since in [(start, nothing, nothing), *looks]]  # fmt: skip
 
 
 def reached(curve: Sequence[Mapping], gain: float) -> Mapping | None:
@@ -169,6 +177,14 @@ def reached(curve: Sequence[Mapping], gain: float) -> Mapping | None:
     gains = [row["gain"] for row in curve]
     return next((row for row, here, then in zip(curve, gains, [*gains[1:], float("inf")], strict=True)
                  if here >= gain and then >= gain), None)  # fmt: skip
+
+
+def fewest(reached_by: Mapping[str, Mapping | None], what: str) -> list[str]:
+    """The methods that may have taken fewest `what` (clips, seconds), the likeliest first: who reached it first, and whoever may
+    have reached it by then, since a look finds only that it was reached after the look before. reached_by: `reached` of each."""
+    there = {name: row for name, row in reached_by.items() if row is not None}
+    first = min((row[what] for row in there.values()), default=None)
+    return sorted((name for name, row in there.items() if row[f"{what}_from"] <= first), key=lambda name: there[name][what])
 
 
 def reach_over_seeds(rows: pd.DataFrame, value: str = "clips", by: Sequence[str] = ("method", "gain", "of_clips")) -> pd.DataFrame:
@@ -190,12 +206,12 @@ def reach_over_seeds(rows: pd.DataFrame, value: str = "clips", by: Sequence[str]
 
 
 def changes(rows: pd.DataFrame, tuned: str, base: str, names: Sequence[str]) -> pd.DataFrame:
-    """What tuning changed, clip by clip: seed, id, sample, noise_seed, prompt_text, and of each name its value with the base
+    """What tuning changed, clip by clip: seed, id, kind, sample, noise_seed, prompt_text, and of each name its value with the base
     (`<name>_base`), with the tuned model (`<name>_tuned`) and the change (`<name>`).
 
     rows: of one setting (`ttabench.evaluate`); both systems had the same prompts and noise. event_f1 is that of the clip.
     """
-    clip = ["seed", "id", "sample", "noise_seed", "prompt_text"]
+    clip = [name for name in ("seed", "id", "kind", "sample", "noise_seed", "prompt_text") if name in rows]
     sides = []
     for system in (base, tuned):
         side = rows[rows["system"] == system]
@@ -208,9 +224,48 @@ def changes(rows: pd.DataFrame, tuned: str, base: str, names: Sequence[str]) -> 
     return table.reset_index()
 
 
-def fooled(table: pd.DataFrame, judged: str, *, reward: str = "reward") -> pd.DataFrame:
-    """Of `changes` the clips on which the reward rose and `judged` fell, the largest rise of the reward first."""
-    return table[(table[reward] > 0) & (table[judged] < 0)].sort_values(reward, ascending=False, kind="stable")
+def between(rows: pd.DataFrame, names: Sequence[str], *, n: int = 2000) -> pd.DataFrame:
+    """Which of two methods changed its clips more, for every two of BASES in the rows and each metric of `names`.
+
+    Columns: metric, a, b, difference of the mean change of a clip (a's over its own base less b's over its own) with _low and
+    _high, p, p_holm (over all pairs of the metric), shown (1: a more, -1: b more, 0: nothing, see `report.Claim`). event_f1 is the
+    clip's own, so its mean change is not that of the F1 over all clips. Paired by seed, prompt, sample and noise.
+    """
+    systems = [name for name, base in BASES.items() if {name, base} <= set(rows["system"])]
+    lines = []
+    for metric in names:
+        its = {name: changes(rows, name, BASES[name], [metric]).set_index(["seed", "id", "sample"])[metric] for name in systems}
+        found = {}
+        for a, b in itertools.combinations(systems, 2):
+            pair = pd.concat([its[a], its[b]], axis=1, keys=("a", "b"), join="inner").reset_index()
+            ones = np.where(pair[["a", "b"]].notna().all(axis=1), 1.0, np.nan)
+            found[a, b] = stats.compare(pair["a"], ones, pair["b"], ones, pair["id"], pair["seed"], n=n)
+        for (a, b), claim in report.corrected(found).items():
+            line = {"metric": metric, "a": a, "b": b, **claim.found.gain.columns("difference")}
+            lines.append(line | {"p": claim.found.p, "p_holm": claim.p, "shown": claim.side})
+    return pd.DataFrame(lines)
+
+
+def fooled(table: pd.DataFrame, judged: str, *, reward: str = "reward", least: float = 0.0) -> pd.DataFrame:
+    """Of `changes` the clips on which the reward rose by more than `least` and `judged` fell, the largest rise first."""
+    return table[(table[reward] > least) & (table[judged] < 0)].sort_values(reward, ascending=False, kind="stable")
+
+
+def fooled_by(table: pd.DataFrame, judged: str, *, by: str = "kind", reward: str = "reward", least: float = 0.0) -> pd.DataFrame:
+    """How often `judged` fell where the reward rose by more than `least`, and where it fell by as much, for every value of the
+    column `by` of `changes` (where there is one) and for all: clips, rose, fell_of_rose and fell_of_others with Wilson's 95 %
+    intervals.
+
+    Other weights move every clip, and the judge errs, so some fall by chance. A reward that the judge knows nothing of has the same
+    share in both columns, a reward that means what the judge means a far smaller one in the first.
+    """
+    lines, parts = [], list(table.groupby(by, sort=False)) if by in table else []
+    for value, part in [*parts, ("all", table)]:
+        line = {by: value, "clips": len(part), "rose": int((part[reward] > least).sum())}
+        for name, those in (("fell_of_rose", part[reward] > least), ("fell_of_others", part[reward] < -least)):
+            line |= stats.wilson(int((part[judged][those] < 0).sum()), int(those.sum())).columns(name)
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def correlation(table: pd.DataFrame, judged: str, *, reward: str = "reward", n: int = 2000) -> dict[str, float]:
@@ -242,6 +297,12 @@ def outcome(rows: pd.DataFrame, *, clips: int, n: int = 2000) -> tuple[pd.DataFr
         table[f"reward_gain_deviations{end}"] = table[f"reward_gain{end}"] / own
     table["clips_made"] = [clips if system in BASES else 0 for system in table["system"]]
     return table, names
+
+
+def judge_of(names: Sequence[str]) -> str | None:
+    """Of `outcome`'s metrics the one that judges what was asked clip by clip: event_f1, without a judge of events a second model's
+    score, or PQ, which knows nothing of the prompt. None where only the reward has heard the clips."""
+    return next((name for name in names if name not in ("exact", "order", "reward")), None)
 
 
 def shown(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
