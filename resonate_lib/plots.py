@@ -172,7 +172,7 @@ def _curve(ax: Axes, history: Sequence[Mapping], key: str, smooth: int, index: i
     values = np.array([float(line[key]) for line in history if key in line])
     color = COLORS[index % len(COLORS)]
     if len(steps) > 1:
-        smooth = round(smooth / max(1.0, float(np.median(np.diff(steps)))))
+        smooth = max(1, round(smooth / max(1.0, float(np.median(np.diff(steps))))))
     if smooth > 1:
         ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     ax.plot(steps, _smooth(values, smooth), color=color, label=label, linewidth=1.5)

@@ -132,6 +132,7 @@ class AudioLDMText(PromptEncoder):
         self.length, self.text_dim = 1, self.clap.projection.linear2.out_features
 
     def encode(self, prompt: str) -> Condition:
+        """One prompt -> its Condition of one row."""
         embedding = self.clap(prompt)
         return Condition(embedding[:, None], embedding)
 
@@ -156,6 +157,7 @@ class AudioLDM2Text(PromptEncoder):
         self.length, self.text_dim = self.new + self.t5.most, max(self.widths)
 
     def encode(self, prompt: str) -> Condition:
+        """One prompt -> its Condition of one row."""
         embedding, states = self.clap(prompt), self.t5(prompt)
         said = self.projection(hidden_states=embedding[:, None], hidden_states_1=states).hidden_states
         for _ in range(self.new):  # each state that it ends with is the next that it hears
@@ -181,6 +183,7 @@ class StableAudioText(PromptEncoder):
         self.length, self.text_dim = self.t5.most + 2, rows.shape[2]
 
     def encode(self, prompt: str) -> Condition:
+        """One prompt -> its Condition of one row."""
         states = self.projection(text_hidden_states=self.t5(prompt)).text_hidden_states
         return Condition(torch.cat([F.pad(states, (0, 0, 0, self.t5.most - states.shape[1])), self.span], 1), states.mean(1))
 
@@ -228,6 +231,7 @@ class Denoiser(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass."""
         return self.model.is_gradient_checkpointing
 
     @checkpointing.setter
@@ -238,6 +242,7 @@ class Denoiser(nn.Module):
             self.model.disable_gradient_checkpointing()
 
     def empty_condition(self, batch: int) -> Condition:
+        """The empty prompt, `batch` times, which guidance is against."""
         return Condition(self.empty_f.expand(batch, -1, -1), self.empty_f_c.expand(batch, -1))
 
     def project_text(self, condition: Condition) -> ProjectedText:
@@ -258,7 +263,10 @@ class Denoiser(nn.Module):
 
 
 class AudioLDMNetwork(Denoiser):
+    """AudioLDM's U-Net, which hears CLAP's embedding as a class."""
+
     def predict(self, latent: Tensor, text: ProjectedText, t: Tensor) -> Tensor:
+        """As `velocity`, of t (B,)."""
         x = to_planes(latent, self.model.config.in_channels)
         return to_frames(self.model(x, t, encoder_hidden_states=None, class_labels=text.text_f_c).sample)
 
@@ -271,6 +279,7 @@ class AudioLDM2Network(Denoiser):
         self.new, self.widths = new, widths
 
     def predict(self, latent: Tensor, text: ProjectedText, t: Tensor) -> Tensor:
+        """As `velocity`, of t (B,)."""
         x = to_planes(latent, self.model.config.in_channels)
         said, states = text.text_f[:, : self.new, : self.widths[0]], text.text_f[:, self.new :, : self.widths[1]]
         return to_frames(self.model(x, t, encoder_hidden_states=said, encoder_hidden_states_1=states,
@@ -287,6 +296,7 @@ class StableAudioNetwork(Denoiser):
         self.keep(span=span.flatten(1)[:, None], cos=cos, sin=sin)
 
     def predict(self, latent: Tensor, text: ProjectedText, t: Tensor) -> Tensor:
+        """As `velocity`, of t (B,)."""
         positions, span = latent.shape[1] + 1, self.span.expand(len(latent), -1, -1)  # the first position is time's and span's
         rotations = self.cos[:positions], self.sin[:positions]
         return self.model(latent.transpose(1, 2), t, encoder_hidden_states=text.text_f, global_hidden_states=span,
@@ -299,6 +309,7 @@ class Decoder(nn.Module):
     `sound` makes a few clips, of at least `samples`."""
 
     def describe(self, *, seconds: float, sample_rate: int, samples: int, latent_len: int, latent_dim: int) -> None:
+        """Set what the suite asks of a codec. ValueError where a clip would be empty."""
         if samples < 1 or latent_len < 1:
             raise ValueError(f"seconds={seconds}: shorter than one latent frame; ask for more")
         self.config, self.sample_rate, self.samples = {"seconds": seconds}, sample_rate, samples
@@ -336,6 +347,7 @@ class MelVocoder(Decoder):
                       latent_len=latent_len, latent_dim=self.planes * (config.model_in_dim // shrink))  # fmt: skip
 
     def sound(self, latents: Tensor) -> Tensor:
+        """Latents (B, N, C) in the codec's own scale -> waveforms (B, T), unlimited."""
         return self.vocoder(self.vae.decode(to_planes(latents, self.planes)).sample[:, 0])
 
 
@@ -354,6 +366,7 @@ class Oobleck(Decoder):
                       latent_dim=self.vae.config.decoder_input_channels)  # fmt: skip
 
     def sound(self, latents: Tensor) -> Tensor:
+        """Latents (B, N, C) in the codec's own scale -> waveforms (B, T), unlimited."""
         return self.vae.decode(latents.transpose(1, 2)).sample.mean(1)
 
     @torch.no_grad()
