@@ -76,7 +76,7 @@ def _check(found: list[dict[str, Any]]) -> None:
             raise ValueError(f"{run['version']} is {run['status']}: finish it first (run --resume {run['version']})")
     first = found[0]
     for other in found[1:]:
-        unlike = [key for key in SAME if other[key] != first[key]]
+        unlike = [key for key in SAME if _anywhere(other[key]) != _anywhere(first[key])]
         unlike += ["notebooks"] if _notebooks(other) != _notebooks(first) else []
         mine, theirs = _instruments(first), _instruments(other)
         unlike += sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
@@ -89,6 +89,15 @@ def _check(found: list[dict[str, Any]]) -> None:
     again = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     if again:
         raise ValueError(f"seed {', '.join(map(str, again))} is in more than one of these versions: give different seeds")
+
+
+def _anywhere(value: Any) -> Any:
+    """Settings without the folders that files lie in, which are a machine's own; what the files hold is compared by sha256."""
+    if isinstance(value, dict):
+        return {key: _anywhere(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_anywhere(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _notebooks(run: dict[str, Any]) -> set[str]:

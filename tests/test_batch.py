@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resonate_lib import __main__ as cli
-from resonate_lib import audio, batch, versions
+from resonate_lib import audio, batch, seeds, versions
 from resonate_lib.batch import Request
 
 PARAMETERS = 'profile: str = "tiny"\nseed: int = 0\nrun: str = None  # run folder\nsteps: int = None  # rounds\n'
@@ -420,6 +420,14 @@ def test_the_benchmark_over_seeds_pools_their_rows(folder):
     content["seeds"] = [0]
     (version.parent / apart[1] / "run.json").write_text(json.dumps(content))
     assert cli.main(["results", "pool", *apart]) == 2
+
+
+def test_where_files_lie_does_not_keep_seeds_apart():
+    settings = {"suite": {"weights": "/one/disk/weights", "steps": 3, "scales": [1.0, "/a/b"]}}
+    elsewhere = {"suite": {"weights": "/another/weights", "steps": 3, "scales": [1.0, "/c/b"]}}
+    assert seeds._anywhere(settings) == seeds._anywhere(elsewhere)
+    for other in ({"weights": "/one/disk/others"}, {"steps": 4}, {"weights": "weights/tiny"}):
+        assert seeds._anywhere(settings) != seeds._anywhere({"suite": settings["suite"] | other})
 
 
 def test_only_finished_runs_of_the_same_settings_and_other_seeds_are_pooled(folder, capsys):
