@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ from resonate_lib.config import CHECKOUT
 from resonate_lib.progress import clock
 from resonate_lib.runs import cache_dir
 
+TOLD = re.compile(r"\s*(\d+):(\d\d) left$")  # how a line of a training, or of `progress.told`, ends
+WIDTH = 90  # of a notebook's last line, as it is said
+
 
 @dataclass
 class Outcome:
@@ -40,7 +44,7 @@ class Outcome:
 class Watch:
     """A thread that samples memory, and says on standard error how far things are.
 
-    `label` and `left` (seconds after this notebook) are set per notebook; `last` is the last line the notebook printed.
+    `label`, `expected` seconds and those `after` this notebook are set per notebook; `last`: the line printed last, `heard` when.
     """
 
     every: float = 10.0
@@ -50,6 +54,7 @@ class Watch:
     cell: int = 0
     cells: int = 0
     last: str = ""
+    heard: float = 0.0
     peak_mb: float = 0.0
     began: float = field(default_factory=time.monotonic)
     started: float = field(default_factory=time.monotonic)
@@ -73,23 +78,27 @@ class Watch:
 
     def write(self, text: str) -> None:
         """Papermill's stdout_file: keeps the last line with something in it."""
-        lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
-        self.last = lines[-1].strip() if lines else self.last
+        if lines := [line for line in text.replace("\r", "\n").splitlines() if line.strip()]:
+            self.last, self.heard = lines[-1].strip(), time.monotonic()
 
     def flush(self) -> None:
         """Part of a file's interface; there is nothing to flush."""
 
     def say(self) -> None:
         """One line on standard error."""
-        spent = time.monotonic() - self.started
-        left = max(self.expected - spent, 0.05 * spent) + self.after
+        now, told = time.monotonic(), TOLD.search(self.last)
+        spent = now - self.started
+        at_least = 60 * int(told[1]) + int(told[2]) - (now - self.heard) if told else 0.0  # what runs now knows better
+        left = max(self.expected - spent, 0.05 * spent, at_least) + self.after
         parts = [
-            f"[{clock(time.monotonic() - self.began)}] {self.label}",
+            f"[{clock(now - self.began)}] {self.label}",
             f"cell {self.cell}/{self.cells}",
             f"about {clock(left)} left",
             f"{self.peak_mb / 1024:.1f} GB",
         ]
-        print(" | ".join([*parts, self.last[:90]] if self.last else parts), file=sys.stderr, flush=True)
+        end = told[0] if told else ""
+        last = self.last[: len(self.last) - len(end)][: WIDTH - len(end)] + end
+        print(" | ".join([*parts, last] if last else parts), file=sys.stderr, flush=True)
 
     def _loop(self) -> None:
         told = time.monotonic()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resonate_lib import __main__ as cli
-from resonate_lib import audio, batch, seeds, versions
+from resonate_lib import audio, batch, kernel, seeds, versions
 from resonate_lib.batch import Request
 
 PARAMETERS = 'profile: str = "tiny"\nseed: int = 0\nrun: str = None  # run folder\nsteps: int = None  # rounds\n'
@@ -627,3 +627,18 @@ def test_a_disk_that_fills_up_is_recorded(folder, monkeypatch):
     version, run = batch.start(Request())
     assert "the disk is full; free some space" in versions.read(version)["exit_reason"]
     assert not (version / ".reserve").exists()
+
+
+def test_the_estimate_is_at_least_what_the_running_training_says(capsys):
+    watch = kernel.Watch()
+    watch.begin("03_offline_dpo", 31, expected=60.0, after=120.0)
+    numbers = "loss 0.5468  grad_norm 0.4366  part_lalm 0.8191  part_clap 0.7597  reward 0.5"
+    watch.write(f"base trained on: step 15/1500  {numbers}  29:10 left\n")
+    watch.say()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "about 31:" in line and line.endswith("29:10 left") and "step 15/1500" in line
+    assert len(line.rpartition(" | ")[2]) <= kernel.WIDTH
+    watch.write("saved\n")
+    watch.say()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "about 2:" in line and line.endswith("| saved")
