@@ -14,7 +14,6 @@ class SpeechConfig(Config):
 
     section: ClassVar[str] = "speech"
     train_utterances: int = knob(6000, low=4)
-    validation_utterances: int = knob(300, low=2)
     test_utterances: int = knob(400, low=2)
     speech_folder: str = ""  # recordings in LibriSpeech's folders, or a caption file with audio_path and text; empty: espeak-ng
     longest: float = knob(10.0, above=0, high=30)  # seconds; longer recordings of `speech_folder` are left out
@@ -32,8 +31,8 @@ class RecognitionConfig(Config):
     utterances_per_step: int = knob(24, low=1)
     group_size: int = knob(8, low=2, why="a group of one has no advantage; use 2 or more")  # hypotheses of an utterance
     max_new_tokens: int = knob(48, low=1)  # of a hypothesis; one that has not ended by then is cut off
-    temperature: float = knob(1.0, above=0, high=2)
-    top_p: float = knob(1.0, above=0, high=1)
+    temperature: float = knob(1.0, above=0, high=2)  # of the sampling, and of the policy whose probabilities are trained
+    top_p: float = knob(1.0, above=0, high=1)  # below 1 samples come from a part of what they are scored under: a small bias
     reward: str = "wer+0.5*keyword-0.5*hallucination-0.5*insertion"  # rules of rewards/rules.py
     global_std: bool = False  # advantages over the deviation of all hypotheses of a round, else of their group
     learning_rate: float = knob(1e-4, above=0, high=1)
@@ -51,8 +50,9 @@ class RecognitionConfig(Config):
     data: str = knob("middle_long", choices=("random", "hard", "middle", "middle_long"))  # which utterances are trained on
     probe_utterances: int = knob(600, low=2)  # utterances whose pass rate is measured before
     probe_samples: int = knob(4, low=2)  # hypotheses of each
-    chosen: int = knob(200, low=1)  # utterances that a choice keeps
+    chosen: int = knob(200, low=1)  # utterances that the trained choice keeps
     choice_steps: int = knob(10, low=1)  # rounds of each choice in their comparison
+    compared: int = knob(0, low=0)  # utterances of each choice there, the fewer the more they differ; 0: as many as chosen
     eval_silence: int = knob(120, low=2)  # silent and noisy clips
     eval_long: int = knob(120, low=2)  # long utterances
     bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval
@@ -63,11 +63,12 @@ class RecognitionConfig(Config):
     supervised_silences: int = knob(6, low=0)  # enough that an empty transcript is ever sampled, for RL to make more of it
 
     def check(self) -> None:
-        if self.utterances_per_step > self.chosen:
-            raise ValueError(f"utterances_per_step={self.utterances_per_step}: a choice keeps chosen={self.chosen}; use fewer, or "
-                             "keep more")
-        if self.chosen > self.probe_utterances:
-            raise ValueError(f"chosen={self.chosen}: only probe_utterances={self.probe_utterances} are probed; keep fewer")
+        for name, kept in (("chosen", self.chosen), ("compared", self.compared or self.chosen)):
+            if self.utterances_per_step > kept:
+                raise ValueError(f"utterances_per_step={self.utterances_per_step}: a choice keeps {name}={kept}; use fewer, or "
+                                 "keep more")
+            if kept > self.probe_utterances:
+                raise ValueError(f"{name}={kept}: only probe_utterances={self.probe_utterances} are probed; keep fewer")
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,14 @@ class SynthesisConfig(Config):
     """Notebook 10: reinforcement of a language model that speaks in tokens."""
 
     section: ClassVar[str] = "synthesis"
-    objective: str = knob("both", choices=("grpo", "diffro", "both"))
+    objective: str = knob("both", choices=("grpo", "diffro", "both"))  # notebook 10 trains all and keeps this one
     filtering: bool = True  # leave out failed decodes, odd lengths and groups without spread
     steps: int = knob(16, low=1)  # rounds of sampling and updating
     line_pool: int = knob(16, low=1)  # training lines that rounds draw from: what is learnt of one hardly carries over to others
     lines_per_step: int = knob(8, low=1)
     group_size: int = knob(8, low=2, why="a group of one has no advantage; use 2 or more")  # samples of a line
     max_tokens: int = knob(170, low=1)  # of a sample, 5.4 s; one that has not ended by then has failed
-    temperature: float = knob(1.0, above=0, high=2)
+    temperature: float = knob(1.0, above=0, high=2)  # of the sampling, and of the policy that is trained and judged
     learning_rate: float = knob(2e-4, above=0, high=1)
     warmup_steps: int = knob(3, low=0)  # rounds over which the rate rises
     epochs: int = knob(2, low=1)  # updates of a round
@@ -119,7 +120,7 @@ class SynthesisConfig(Config):
     text_weight: float = knob(1.0, low=0)  # of the multi-task reward
     attribute_weight: float = knob(0.2, low=0)  # of pitch and of rate
     quality_weight: float = knob(0.2, low=0)
-    min_spread: float = knob(0.02, low=0)  # filtering: of a group's rewards
+    min_spread: float = knob(0.02, low=0)  # filtering: of the text part of a group's rewards
     length_deviations: float = knob(4.0, above=0)  # filtering: from the median length of a group
     decode_iterations: int = knob(4, low=1, high=1000)  # Griffin-Lim rounds for the recogniser's ear
     max_grad_norm: float = knob(1.0, above=0)

@@ -22,7 +22,7 @@ APART = ("version", "seeds", "from", "started", "ended", "seconds", "git", "pack
 
 
 def summarise(version: Path, bootstrap: int) -> None:
-    """Means over the seeds at the version's top; the tables and words of notebooks 06 and 08 from the rows of all seeds instead.
+    """Means over the seeds at the version's top; tables and words of notebooks 06 and 08 to 10 from the rows of all seeds instead.
 
     bootstrap: replicates. Raises OSError, and ValueError where the rows of the seeds do not fit together.
     """
@@ -31,6 +31,7 @@ def summarise(version: Path, bootstrap: int) -> None:
         _benchmark(version, bootstrap)
     if any(version.glob("seed*/metrics/ppo_rows.csv")):
         _methods(version, bootstrap)
+    _speech(version, bootstrap)
 
 
 def pool(names: list[str], results: Path | None = None) -> Path:
@@ -202,3 +203,24 @@ def _reach(version: Path) -> None:
         took = pd.DataFrame(took, columns=["method", "gain", "seconds"])
         table = efficiency.reach_over_seeds(took, "seconds", ("method", "gain"))
         record.atomic_write(version / "notes" / "ppo_reach_seconds.md", report.to_markdown(table))
+
+
+def _speech(version: Path, n: int) -> None:
+    """The tables of notebooks 09 and 10 from the rows of all seeds, which are the second level of their intervals.
+
+    All seeds start from one supervised model: these say what reinforcement does to that one.
+    """
+    for kind in ("asr", "asr_choice"):
+        if any(version.glob(f"seed*/metrics/{kind}_rows.csv")):
+            from resonate_lib.speech import errors
+
+            table = errors.summary(versions.read_rows(version, f"{kind}_rows"), base="supervised", n=n)
+            runs.write_table(version / "metrics", f"{kind}_summary", table)
+    if any(version.glob("seed*/metrics/tts_rows.csv")):
+        from resonate_lib.speech import synthesis_eval
+
+        rows = versions.read_rows(version, "tts_rows")
+        ears = [name.removeprefix("errors_") for name in rows.columns if name.startswith("errors_")]
+        tables = [synthesis_eval.summary(part, ears=ears, base="supervised", n=n).assign(texts=texts)
+                  for texts, part in rows.groupby("texts", sort=False)]  # fmt: skip
+        runs.write_table(version / "metrics", "tts_summary", pd.concat(tables, ignore_index=True))

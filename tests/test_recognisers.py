@@ -1,6 +1,7 @@
 """The reward's ear and the judge's: what they hear, that they stand odd audio, and the compacted grammar by enumeration."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,23 @@ def test_the_reward_of_what_is_heard():
 def test_a_recogniser_that_hears_nothing_gives_a_reward_of_0_and_of_1_over_silence():
     result = SpeechReward(Deaf())(torch.zeros(2, 10), RATE, ["dial 5", ""])
     assert result.scores.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("returned", [None, [], [None, None], ["", None]])
+def test_nothing_in_place_of_texts_is_nothing_heard(returned):
+    ear = SimpleNamespace(transcribe=lambda audio, sample_rate: returned)
+    result = Checked(SpeechReward(ear), "speech")(torch.zeros(2, 100), RATE, ["call anna", ""])
+    assert result.scores.tolist() == [0.0, 1.0] and result.parts["hallucination"].tolist() == [0.0, 0.0]
+
+
+def test_too_few_texts_are_one_clear_line():
+    with pytest.raises(ValueError, match="Deaf returned 1 texts for 2 clips"):
+        SpeechReward(Deaf("call anna"))(torch.zeros(2, 100), RATE, ["call anna", "call anna"])
+
+
+def test_digits_are_heard_as_they_are_spoken():
+    result = SpeechReward(Deaf("Room 342.", "twenty-five"))(torch.zeros(2, 100), RATE, ["room three hundred forty two", "25"])
+    assert result.scores.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(("audio", "said"), [

@@ -280,6 +280,14 @@ def test_a_round_scores_its_hypotheses_and_begins_at_ratio_one(taught, pool):
     assert 0 < numbers["first_ratio_deviation"] < 1e-4 and numbers["kl"] >= 0 and numbers["trained"] % 6 == 0
 
 
+@pytest.mark.parametrize("objective", ["grpo", "mwer"])
+def test_a_cooler_policy_begins_at_ratio_one_too(taught, pool, objective):
+    recogniser = taught[0].fork()
+    config = RecognitionConfig(**SMALL, steps=1, temperature=0.5, objective=objective)
+    (row,) = rl.train(recogniser, pool, reward, config, seed=1)
+    assert 0 < row["first_ratio_deviation"] < 1e-4 and row["skipped"] == 0
+
+
 def test_parts_take_turns_in_a_round_and_the_sum_never_lies_on_the_device(taught, pool):
     recogniser, moves = taught[0].fork(), Timeline()
     rl.train(recogniser, pool, reward, RecognitionConfig(**SMALL, steps=2), timeline=moves)

@@ -135,6 +135,20 @@ def test_a_sum_of_rules_is_read_and_added():
     assert rules.parse_weights("-1e-2*repeat+exact") == {"repeat": -0.01, "exact": 1.0}
 
 
+def test_both_texts_are_compared_as_they_are_spoken_and_format_as_written():
+    weights = {"wer": 1.0, "exact": 1.0, "format": 1.0}
+    score, parts = rules.transcript_reward("Dial 5, twenty-five!", "dial five 25", weights=weights)
+    assert score == 2.0 and parts == {"wer": 1.0, "exact": 1.0, "format": 0.0}
+
+
+def test_examples_of_the_docstrings():
+    assert rules.wer_reward("call hanna", "call anna now") == pytest.approx(1 / 3)
+    said = "anna has a penguin", "anna has a zebra", ["anna", "zebra"]
+    assert rules.keyword_f1(*said) == pytest.approx(2 / 3) and rules.keyword_f1(*said, {"zebra": 3.0}) == pytest.approx(0.4)
+    assert rules.hallucination_penalty("call anna in rome", "call anna") == 0.5
+    assert rules.hallucination_penalty("yes yes yes", "yes") == pytest.approx(2 / 3)
+
+
 def test_rare_words_weigh_more_where_told():
     scores = [total(said, "anna has a zebra", {"keyword": 1.0}) for said in ("anna has a penguin", "emma has a zebra")]
     assert scores == [pytest.approx(2 / 5), pytest.approx(6 / 7)]

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resonate_lib import seeds, versions
 from resonate_lib.config_speech import RecognitionConfig, SpeechConfig
 from resonate_lib.data.speech import SpeechCorpus, Utterance
 from resonate_lib.evaluation import stats
@@ -27,6 +28,7 @@ def test_word_errors_by_hand():
     assert errors.word_errors("", "call anna") == {"words": 2, "errors": 2, "substitutions": 0, "deletions": 2, "insertions": 0}
     assert errors.word_errors("so it is", "") == {"words": 0, "errors": 3, "substitutions": 0, "deletions": 0, "insertions": 3}
     assert errors.word_errors("東京 now", "東京 now")["errors"] == 0
+    assert errors.word_errors("Room 342, twenty-five percent", "room three hundred forty-two, 25%")["errors"] == 0
 
 
 @given(WORDS, WORDS)
@@ -50,7 +52,7 @@ def test_runs_and_loops():
 
 
 def test_the_rule_for_hallucination():
-    long = " ".join(f"w{i}" for i in range(40))
+    long = " ".join(first + last for first in "abcde" for last in "fghijklm")  # 40 words
     assert errors.hallucinates("the", "") and not errors.hallucinates("", "") and not errors.hallucinates("!?", "")
     assert not errors.hallucinates("call hanna", "call anna")  # a mistake is not invented
     assert not errors.hallucinates("call anna now", "call anna") and errors.hallucinates("call anna now please", "call anna")
@@ -76,6 +78,7 @@ def test_summary_by_hand():
     line = table.loc[("tuned", "test")]
     assert line["wer_change"] == pytest.approx(-3 / 16) and line["wer_relative"] == pytest.approx(-0.75)
     assert line["wer_change_low"] <= -3 / 16 <= line["wer_change_high"] <= 0 and line["exact"] == 0.75
+    assert -1 <= line["wer_relative_low"] <= -0.75 <= line["wer_relative_high"] <= 0
     for name, cases in (("base", 2), ("tuned", 0)):
         line = table.loc[(name, "silence")]
         expected = stats.wilson(cases, 4)
@@ -107,6 +110,21 @@ def test_silence_and_long_together_and_the_paired_change_of_their_hallucinations
     assert table.loc[("tuned", "long"), "hallucination_change"] == 0 == table.loc[("tuned", "long"), "wer_change"]
     assert math.isnan(table.loc[("base", "silence"), "hallucination_change"])
     assert len(errors.summary(invented_by("base", 1, "long"), base="base", n=200)) == 1
+    joint = errors.with_joint(rows)
+    both = joint[joint["part"] == "silence and long"]
+    found = errors.compared(both, [("tuned", "base"), ("base", "base")], top="hallucinated", n=2000)
+    assert found["change"].tolist() == pytest.approx([-4 / 12, 0]) and found["pairs"].tolist() == [12, 12]
+    assert found["change_low"][0] < -4 / 12 < found["change_high"][0] <= 0
+    assert found["p_holm"][0] == pytest.approx(2 * found["p"][0])
+    words = errors.compared(rows[rows["part"] == "long"], [("tuned", "base")], top="errors", bottom="words", n=200)
+    assert words["change"].tolist() == [0.0]
+
+
+def test_seeds_that_differ_widen_the_interval():
+    """Without errors in one seed and with many in the other: over both the interval reaches from the one to the other."""
+    rows = errors.pd.concat([invented_by("base", cases, "long", seed) for seed, cases in enumerate((0, 6))])
+    line = errors.summary(rows, base="base", n=500).iloc[0]
+    assert line["seeds"] == 2 and (line["wer_low"], line["wer_high"]) == (0, 0.75) and line["hallucination_high"] == 1
 
 
 def test_several_seeds_of_the_same_clips_are_no_more_clips():
@@ -152,7 +170,25 @@ def test_choice_errors_and_facts():
         data_choice.choose("random", rates, kinds, count=5, generator=random)
     found = data_choice.facts(rates, kinds, [0, 1, 2])
     third = pytest.approx(1 / 3)
-    assert found == {"utterances": 3, "pass_rate": 0.5, "always": third, "never": third, "long": third, "silent": third}
+    assert found == {"utterances": 3, "pass_rate": 0.5, "always": third, "never": third, "between": third, "long": third,
+                     "silent": third}  # fmt: skip
+
+
+def test_overlap_of_choices():
+    shares = data_choice.overlap({"a": [1, 2, 3, 4], "b": [3, 4]})
+    assert shares == {"a": {"a": 1.0, "b": 0.5}, "b": {"a": 1.0, "b": 1.0}}
+
+
+def test_of_recordings_the_long_ones_are_no_part_of_the_test(monkeypatch):
+    clips = [np.zeros(1000 + 10 * k, np.int16) for k in range(9)]
+    recordings = [Utterance(f"r{k}", "a", "recording", 0, "", 0, 0, (), None, 0) for k in range(9)]
+    monkeypatch.setattr(data_choice, "open_speech", lambda *_, **__: SpeechCorpus(clips, recordings))
+    for most, long in ((3, 3), (100, 4)):
+        config = RecognitionConfig(eval_long=most, eval_silence=2)
+        tests = data_choice.open_tests(config, SpeechConfig(speech_folder="x"), cache=None)
+        ids = {name: {one.id for one in corpus.utterances} for name, corpus in tests.items()}
+        assert ids["long"] == {f"r{k}" for k in range(9 - long, 9)} and len(ids["test"]) == 9 - long
+        assert not ids["long"] & ids["test"] and len(ids["silence"]) == 2
 
 
 def test_silences_are_silent_and_need_nothing_installed():
@@ -203,3 +239,27 @@ def test_a_pool_of_recordings_has_long_ones_and_silences_and_leaves_the_start_it
     assert len(left) == 30 and not left & {one.id for one in pool.utterances}
     with pytest.raises(ValueError, match="holds 20 recordings for training, of which the choice of data takes probe_utterances=20"):
         data_choice.left_by_the_pool(20, 20)
+
+
+def test_seeds_are_pooled_with_the_seed_as_second_level(tmp_path):
+    """Rows of both notebooks over two seeds: the tables at the top are of all rows, not means of the seeds' tables."""
+    def write(folder, name, rows):
+        (folder / "metrics").mkdir(parents=True, exist_ok=True)
+        rows.to_csv(folder / "metrics" / f"{name}.csv", index=False)
+
+    told = {"texts": "held out", "words": 4, "pitch_right": 1.0, "rate_right": 0.0, "line": "x"}
+    for seed, wrong in enumerate((0, 4)):
+        rows = [invented_by(system, cases, part, seed) for system, cases in (("supervised", 6), ("grpo", wrong))
+                for part in ("silence", "long")]  # fmt: skip
+        write(tmp_path / f"seed{seed}", "asr_rows", errors.pd.concat(rows))
+        spoken = [{"system": name, "seed": seed, "id": k, **told, "line": f"{k}", "errors_judge": wrong if name == "GRPO" else 4}
+                  for name in ("supervised", "GRPO") for k in range(6)]  # fmt: skip
+        write(tmp_path / f"seed{seed}", "tts_rows", errors.pd.DataFrame(spoken))
+    seeds.summarise(tmp_path, 300)
+    heard = versions.read_table(tmp_path / "metrics" / "asr_summary.csv").set_index(["system", "part"])
+    assert heard.loc[("grpo", "silence"), ["n", "hallucinated", "seeds"]].tolist() == [12, 4, 2]
+    assert heard.loc[("grpo", "silence"), "hallucination_change"] == pytest.approx(-8 / 12)
+    table = versions.read_table(tmp_path / "metrics" / "tts_summary.csv").set_index("system")
+    line = table.loc["GRPO"]
+    assert (line["wer_judge"], line["wer_judge_low"], line["wer_judge_high"], line["seeds"]) == (0.5, 0.0, 1.0, 2)
+    assert (line["change_judge"], line["change_judge_low"], line["change_judge_high"]) == (-0.5, -1.0, 0.0)

@@ -6,8 +6,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from resonate_lib.config_speech import SpeakerConfig, SynthesisConfig
+from resonate_lib.evaluation import stats
 from resonate_lib.rewards.base import RewardResult
 from resonate_lib.rewards.rules import wer_reward
 from resonate_lib.speech import build, synthesis_eval, token_policy
@@ -177,6 +180,14 @@ def test_a_speaker_learns_its_lines_and_is_the_same_after_saving(tokenizer, tmp_
     assert all(torch.equal(a, b) for a, b in zip(repeated, said, strict=True))
     with pytest.raises(FileNotFoundError, match=r"Speaker\.save"):
         Speaker.load(tmp_path)
+    weights = load_file(tmp_path / "speaker" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    for change in ({name: None}, {"model.layers.7.norm.weight": weights[name].clone()}):
+        made = {key: value for key, value in (weights | change).items() if value is not None}
+        with safe_open(tmp_path / "speaker" / "model.safetensors", "pt") as file:
+            save_file(made, tmp_path / "speaker" / "model.safetensors", metadata=file.metadata())
+        with pytest.raises(ValueError, match="a damaged folder"):
+            Speaker.load(tmp_path / "speaker")
 
 
 def test_batches_of_like_length_reach_every_line():
@@ -374,19 +385,21 @@ def test_gradients_of_parts_add_up_to_that_of_the_whole(speaker, reader, monkeyp
         assert {key: metrics[key] for key in same} == pytest.approx({key: found[0][1][key] for key in same}, abs=1e-3)
 
 
-def test_the_gradient_of_a_round_is_that_of_its_update_without_the_kl_and_leaves_no_trace(speaker, reader, monkeypatch):
+def test_the_gradient_of_a_round_is_that_of_its_update_without_the_kl_and_leaves_no_trace(speaker, reader):
     before = [p.clone() for p in speaker.model.parameters()]
     for objective in ("grpo", "diffro"):
         config = replace(CONFIG, objective=objective, filtering=False, epochs=1, max_grad_norm=1e9, beta=0.5)
-        found = rl.round_gradient(speaker, reader, long_is_good, LINES, config, seed=3)
-        assert torch.equal(found, rl.round_gradient(speaker, reader, long_is_good, LINES, replace(config, beta=0.0), seed=3))
-        in_parts = rl.round_gradient(speaker, reader, long_is_good, LINES, replace(config, micro_batch=9), seed=3)
+        found, *shuffled = rl.round_gradients(speaker, reader, long_is_good, LINES, config, seed=3, shuffles=2)
+        assert all(row.norm() > 0 and not torch.equal(row, found) for row in shuffled) and not torch.equal(*shuffled)
+        found = found[None]
+        assert torch.equal(found, rl.round_gradients(speaker, reader, long_is_good, LINES, replace(config, beta=0.0), seed=3))
+        in_parts = rl.round_gradients(speaker, reader, long_is_good, LINES, replace(config, micro_batch=9), seed=3)
         assert torch.equal(found, in_parts) and found.norm() > 0
         assert all(p.grad is None and torch.equal(p, old) for p, old in zip(speaker.model.parameters(), before, strict=True))
-        other = rl.round_gradient(speaker, reader, long_is_good, LINES, config, seed=4)
-        assert abs(torch.nn.functional.cosine_similarity(found, other, dim=0)) < 0.9
+        other = rl.round_gradients(speaker, reader, long_is_good, LINES, config, seed=4)
+        assert abs(torch.nn.functional.cosine_similarity(found, other)) < 0.9
     with pytest.raises(ValueError, match="nothing was kept"):
-        rl.round_gradient(speaker, reader, silent, LINES, replace(CONFIG, objective="grpo", filtering=True), seed=3)
+        rl.round_gradients(speaker, reader, silent, LINES, replace(CONFIG, objective="grpo", filtering=True), seed=3)
 
 
 def test_both_objectives_together_carry_one_kl(speaker, reader, monkeypatch):
@@ -408,6 +421,22 @@ def test_in_bfloat16_and_in_parts_the_first_ratio_is_1(tokenizer, reader, object
     history = rl.train(speaker, reader, long_is_good, LINES, config, seed=4)
     assert all(row["first_ratio_deviation"] == 0 and row["kl"] >= 0 and row["grad_norm"] > 0 for row in history)
     assert all(p.dtype == torch.float32 for p in speaker.model.parameters())
+
+
+def test_a_cooler_policy_begins_at_ratio_1_too(tokenizer, reader):
+    speaker = Speaker.new(tokenizer, SpeakerShape(width=16, layers=1, heads=2, hidden=32), seed=1)
+    config = replace(CONFIG, objective="grpo", filtering=False, temperature=0.5, epochs=1)
+    history = rl.train(speaker, reader, long_is_good, LINES, config, seed=4)
+    assert all(row["first_ratio_deviation"] < 1e-4 and row["skipped"] == 0 for row in history)
+
+
+def test_a_groups_spread_is_that_of_its_text(speaker, reader, monkeypatch):
+    """Samples that are heard alike teach nothing, however the reader likes their sound."""
+    monkeypatch.setattr(Speaker, "tokens", lambda self, sampled: ([torch.tensor([k, k + 1]) for k in range(len(sampled.ids))],
+                                                                  torch.zeros(len(sampled.ids), dtype=torch.bool)))
+    config, random, turns = replace(CONFIG, objective="grpo", filtering=True), torch.Generator(), rl.taking_turns(speaker, reader)
+    spoken = rl.roll_out(speaker, reader, silent, LINES[:2], config, random, turns)
+    assert spoken.rewards.std() > 0 and spoken.dropped == {"failed": 0, "length": 0, "spread": 6} and not spoken.keep.any()
 
 
 def test_a_round_without_speech_teaches_diffro_nothing_and_is_skipped(speaker, reader):
@@ -522,4 +551,20 @@ def test_word_errors_and_their_summary_by_hand():
     assert good["errors_judge"].tolist() == [0, 1, 0] and abs(table.loc["good", "wer_judge"] - 1 / 6) < 1e-9
     assert abs(table.loc["bad", "change_judge"] - 0.5) < 1e-9 and table.loc["bad", "change_judge_low"] > 0
     assert len(synthesis_eval.bars(table.reset_index(), ["wer_judge"])) == 2
+    assert table.loc["bad", "pitch_right_change"] == 0 and table.loc["good", "lines"] == 3
+
+
+def test_clips_of_one_line_are_no_more_lines():
+    """Sixteen clips of four lines: the interval is that of four lines, and several seeds are a second level."""
+    def rows(seed):
+        wrong = [0, 0, 2, 4] * 4
+        same = {"system": "base", "seed": seed, "words": 4, "pitch_right": 1.0, "rate_right": 1.0}
+        return pd.DataFrame([{**same, "id": k, "line": f"line {k % 4}", "errors_judge": wrong[k]} for k in range(16)])
+
+    found = synthesis_eval.summary(rows(0), ears=["judge"], base="base", n=500).iloc[0]
+    four, sixteen = (stats.bootstrap_ratio([0, 0, 2, 4] * count, [4] * 4 * count, n=500) for count in (1, 4))
+    assert (found["wer_judge_low"], found["wer_judge_high"]) == (four.low, four.high) and found["lines"] == 4
+    assert four.high - four.low > 1.5 * (sixteen.high - sixteen.low)
+    several = pd.concat([rows(0), rows(1).assign(errors_judge=4)])
+    assert synthesis_eval.summary(several, ears=["judge"], base="base", n=500).iloc[0]["wer_judge_high"] == 1.0
     assert synthesis_eval.jumps([{"reward_mean": 0.0}, {"reward_mean": 1.0}, {"reward_mean": 0.5}]) == 0.75

@@ -63,6 +63,16 @@ def test_log_probs_equal_categorical_at_sampling_and_by_teacher_forcing(model, p
 
 
 @torch.no_grad()
+def test_tempered_samples_are_scored_at_their_temperature(model, prompts):
+    got = drawn(model, prompts, temperature=0.6)
+    again = tp.token_log_probs(model, prompts, got.ids, got.mask, temperature=0.6)
+    assert (again - got.log_probs).exp().sub(1).abs().max() < 1e-4
+    chances = torch.distributions.Categorical(logits=tp.token_logits(model, prompts, got.ids) / 0.6)
+    torch.testing.assert_close(again, chances.log_prob(got.ids) * got.mask, atol=1e-5, rtol=0)
+    assert (tp.token_log_probs(model, prompts, got.ids, got.mask) - again).abs().max() > 0.1
+
+
+@torch.no_grad()
 def test_mask_ends_with_the_first_end_token_and_the_rest_is_filled(model, prompts):
     got = drawn(model, prompts, group_size=40)
     for ids, mask, log_probs in zip(got.ids.tolist(), got.mask.tolist(), got.log_probs.tolist(), strict=True):

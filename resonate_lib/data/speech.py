@@ -33,7 +33,7 @@ __all__ = ["KINDS", "SpeechCorpus", "Utterance", "draw_utterances", "jsgf", "key
 KINDS = {"command": 0.28, "number": 0.2, "name": 0.16, "rare": 0.16, "long": 0.12, "silence": 0.08}  # kind -> share of a corpus
 RATES = ((130, 160), (140, 180), (150, 200), (160, 220))  # words per minute by level
 NOISE = (None, (20, 30), (10, 20), (5, 12))  # dB that the voice is above the noise, by level; None: clean
-LONGEST = 10.0  # seconds: no utterance is longer
+LONGEST = 10.0  # seconds that long utterances are drawn for, by their rate; a slow voice takes a little more for one in thousands
 ORDER_SEED = 500  # of recordings: their names would put one speaker's together
 EDITION = 1  # of what is drawn and how it sounds: a corpus in the cache of another edition is not used
 
@@ -146,10 +146,6 @@ class SpeechCorpus:
         """The corpus of these positions, in their order."""
         return SpeechCorpus([self.audio[p] for p in positions], [self.utterances[p] for p in positions], self.sample_rate)
 
-    def of_kind(self, *kinds: str) -> SpeechCorpus:
-        """The utterances of these kinds."""
-        return self.select([p for p, utterance in enumerate(self.utterances) if utterance.kind in kinds])
-
     def seconds(self, positions: Sequence[int] | None = None) -> Tensor:
         """(B,) float32: how long each clip is."""
         positions = range(len(self)) if positions is None else positions
@@ -177,7 +173,7 @@ def open_speech(
 ) -> SpeechCorpus:  # fmt: skip
     """The split's corpus: recordings of `config.speech_folder`, or utterances spoken once into `cache`/speech and read from there.
 
-    count, kinds: other than the configuration's and all, as for a test of silences alone. Of recordings, which are all of one
+    count, kinds: other than the configuration's (it has no count for validation) and all. Of recordings, which are all of one
     kind, None are all; they come in an order that one seed draws for good, of which these are the first or, with `last`, the last.
     Errors as in `draw_utterances`, `speak` and `speech_folder.read_folder`.
     """

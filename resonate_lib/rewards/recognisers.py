@@ -182,7 +182,8 @@ class Whisper:
 class SpeechReward:
     """A Reward: `rules.wer_reward` of what the recogniser hears against the prompt, which is the text that was to be said.
 
-    Parts: exact, hallucination (`rules` each).
+    Parts: exact, hallucination (`rules` each). A recogniser that returns nothing, or None for a clip, heard nothing there: 0, and 1
+    where nothing was to be said. ValueError where it returns some texts, but not one for each clip.
     """
 
     def __init__(self, recogniser: Recogniser):
@@ -191,8 +192,11 @@ class SpeechReward:
     def __call__(
         self, audio: Tensor, sample_rate: int, prompts: list[str], metadata: list[dict] | None = None
     ) -> RewardResult:
-        heard = self.recogniser.transcribe(audio, sample_rate)
-        pairs = list(zip(heard, map(rules.spoken, prompts), strict=True))
+        heard = list(self.recogniser.transcribe(audio, sample_rate) or [""] * len(prompts))
+        if len(heard) != len(prompts):
+            name = type(self.recogniser).__name__
+            raise ValueError(f"{name} returned {len(heard)} texts for {len(prompts)} clips: give one for each, \"\" for nothing")
+        pairs = [(rules.spoken(said or ""), rules.spoken(asked)) for said, asked in zip(heard, prompts, strict=True)]
         scores, exact, hallucination = (
             torch.tensor([rule(*pair) for pair in pairs])
             for rule in (rules.wer_reward, rules.exact_reward, rules.hallucination_penalty)

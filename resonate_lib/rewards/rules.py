@@ -2,7 +2,8 @@
 
 All rules compare words after lower-casing, removing punctuation and joining runs of blanks. Rewards and penalties lie in [0, 1];
 `transcript_reward` adds them up, rewards with positive and penalties with negative weights, so that no hypothesis scores more than
-the reference itself. Text in any script is compared as it stands; an empty text is no words.
+the reference itself; it compares both as `spoken` writes them. Text in any script is compared as it stands; an empty text is no
+words.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ def _say_digits(run: str) -> str:
 
 
 def wer_reward(hypothesis: str, reference: str) -> float:
-    """max(0, 1 − word error rate), in [0, 1]; with an empty reference 1 for an empty hypothesis, else 0."""
+    """max(0, 1 − (S + D + I) / N): S words replaced, D left out, I put in, of the reference's N; in [0, 1].
+
+    "call hanna" for "call anna now": one replaced, one left out, of three, 1/3. An empty reference: 1 for an empty hypothesis,
+    else 0.
+    """
     said, asked = words(hypothesis), words(reference)
     if not asked:
         return float(not said)
@@ -55,9 +60,12 @@ def wer_reward(hypothesis: str, reference: str) -> float:
 def keyword_f1(
     hypothesis: str, reference: str, keywords: Sequence[str], weights: Mapping[str, float] | None = None
 ) -> float:
-    """F1 of the keywords (words or phrases) said against those asked, counted per occurrence, in [0, 1].
+    """F1 of the keywords (words or phrases) said against those asked, counted per occurrence, in [0, 1]:
+    2 Σ w min(n, m) / Σ w (n + m) over the keywords, said n and asked m times, with weights w.
 
-    weights: keyword -> weight (1 where not named). Where neither text holds a keyword, 1: nothing was asked or invented.
+    "anna has a penguin" for "anna has a zebra", keywords anna and zebra: 2 · 1 / (1 + 2) = 0.67; with weight 3 for zebra
+    2 · 1 / (1 + 4) = 0.4. weights: keyword -> weight (1 where not named). Where neither text holds a keyword, 1: nothing was asked
+    or invented.
     """
     weights = weights or {}
     said = asked = both = 0.0
@@ -76,10 +84,11 @@ def _occurrences(phrase: str, text: str) -> int:
 
 
 def hallucination_penalty(hypothesis: str, reference: str) -> float:
-    """Share of the hypothesis' words with no counterpart in the reference, in [0, 1]; 0 when there is none.
+    """Share of the hypothesis' words with no counterpart in the reference, in [0, 1]; 0 when there is none:
+    Σ max(0, n − m) / Σ n over the words, said n and asked m times.
 
-    Words are matched as a multiset, so a loop ("yes yes yes" for "yes") and invented words both count, words left
-    out or moved do not.
+    "call anna in rome" for "call anna": two of four, 0.5. Words are matched as a multiset, so a loop ("yes yes yes" for "yes":
+    0.67) and invented words both count, words left out or moved do not.
     """
     said, asked = Counter(words(hypothesis)), Counter(words(reference))
     total = said.total()
@@ -196,11 +205,13 @@ def transcript_reward(
 ) -> tuple[float, dict[str, float]]:
     """The weighted sum of rules, and each rule's own value: sum over names of weights[name] · rule(hypothesis, reference).
 
-    A reference in plain words, as `spoken` writes them, is its own best hypothesis.
+    Both are compared as `spoken` writes them, so that "dial 5" is right for "dial five"; "format" alone sees the hypothesis as it
+    is. A reference in plain words is its own best hypothesis.
     weights: of NAMES, as `parse_weights` reads them; positive for rewards, negative for penalties. keywords, keyword_weights: of
     `keyword_f1`, the rule "keyword". "call bob" for "call anna", weights wer 1 and hallucination −0.5: 0.5 − 0.5 · 0.5 = 0.25.
     """
     check_weights(weights)
-    parts = {name: keyword_f1(hypothesis, reference, keywords, keyword_weights) if name == "keyword"
-             else (REWARDS | PENALTIES)[name](hypothesis, reference) for name in weights}  # fmt: skip
+    said, asked = spoken(hypothesis), spoken(reference)
+    parts = {name: keyword_f1(said, asked, keywords, keyword_weights) if name == "keyword"
+             else (REWARDS | PENALTIES)[name](hypothesis if name == "format" else said, asked) for name in weights}  # fmt: skip
     return sum(weights[name] * value for name, value in parts.items()), parts

@@ -8,7 +8,7 @@ Source: the construction of RL data in arXiv 2509.18569.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,13 +18,13 @@ from resonate_lib.data.corpus import to_int16
 from resonate_lib.data.speech import SpeechCorpus, draw_utterances, open_speech, speak
 from resonate_lib.knobs import unknown
 from resonate_lib.progress import told
-from resonate_lib.rewards.rules import words
 from resonate_lib.speech import token_policy
+from resonate_lib.speech.errors import words
 from resonate_lib.speech.recognition import Recogniser, clips_of
 
 CHOICES = ("random", "hard", "middle", "middle_long")
 LONG_SHARE = 1 / 3  # of what "middle_long" chooses
-SILENT_SHARE = 0.1  # of what any choice holds: few of a silence's hypotheses pass at first, so that no pass rate would keep them
+SILENT_SHARE = 0.1  # of what any choice holds, whatever their pass rates: invention over silence is always a part of the lesson
 AT_ONCE = 24  # utterances of like length that are probed together
 POOL_SEED, TEST_SEED = 700, 900  # of what reinforcement draws from (+ seed), and of what judges, the same for every seed
 SHORT = ("command", "number", "name", "rare")
@@ -64,16 +64,21 @@ def left_by_the_pool(count: int, pool: int) -> range:
 
 
 def open_tests(config, speech, *, cache) -> dict:
-    """{"test": short utterances, "silence", "long"}: sentences and half of the voices that no training has; the same for all seeds.
+    """{"test": short utterances, "silence", "long"}: sentences that no training has, half of them in voices that no training has;
+    the same for all seeds.
 
-    Of recordings (speech.speech_folder) the longest are the long ones; silences are always made here.
+    Of recordings (speech.speech_folder) the longest are the long ones, at most half, and no part of "test"; silences are always
+    made here.
     """
     quiet = silences(config.eval_silence, "test", seed=TEST_SEED)
     options = {"seed": TEST_SEED, "cache": cache}
     if speech.speech_folder:
         everything = open_speech(speech, "test", count=speech.test_utterances, **options)
+        if len(everything) < 2:
+            raise ValueError(f"speech_folder holds {len(everything)} recording for the test: give 2 or more")
         order = sorted(range(len(everything)), key=lambda place: len(everything.audio[place]))
-        return {"test": everything, "silence": quiet, "long": everything.select(order[-config.eval_long :])}
+        first = len(order) - min(config.eval_long, len(order) // 2)
+        return {"test": everything.select(sorted(order[:first])), "silence": quiet, "long": everything.select(order[first:])}
     test = open_speech(speech, "test", kinds=SHORT, **options)
     return {"test": test, "silence": quiet, "long": open_speech(speech, "test", count=config.eval_long, kinds=("long",), **options)}
 
@@ -82,7 +87,8 @@ def pass_rates(
     recogniser: Recogniser, corpus, positions: Sequence[int], *, samples: int, generator: torch.Generator,
     max_new_tokens: int = 48, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """The share (P,) of `samples` hypotheses, sampled for each of these P utterances, that are exact. Prints its progress."""
+    """The share (P,) of `samples` hypotheses, sampled for each of these P utterances, that are exact (`errors.words`). Prints its
+    progress."""
     order = sorted(range(len(positions)), key=lambda place: len(corpus.audio[positions[place]]))
     rates, batches = torch.zeros(len(positions)), [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
     for part in told(batches, len(order), "pass rates of utterances", size=len):
@@ -121,13 +127,21 @@ def choose(choice: str, rates: Tensor, kinds: Sequence[str], *, count: int, gene
 
 
 def facts(rates: Tensor, kinds: Sequence[str], chosen: Sequence[int]) -> dict[str, float]:
-    """What a choice holds, for its row of a table: number, mean pass rate, shares of always right, never right, long, silent."""
+    """What a choice holds, for its row of a table: number, mean pass rate, shares of always right, never right, between (whose
+    groups can differ in whole transcripts), long, silent."""
     kept, own = rates[list(chosen)], [kinds[place] for place in chosen]
     return {
         "utterances": len(kept),
         "pass_rate": kept.mean().item(),
         "always": (kept == 1).float().mean().item(),
         "never": (kept == 0).float().mean().item(),
+        "between": ((kept > 0) & (kept < 1)).float().mean().item(),
         "long": own.count("long") / len(own),
         "silent": own.count("silence") / len(own),
     }
+
+
+def overlap(chosen: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
+    """For each choice the share of its utterances that each other one has too: near 1 they are the same data by other names."""
+    sets = {name: set(places) for name, places in chosen.items()}
+    return {name: {other: len(own & sets[other]) / len(own) for other in sets} for name, own in sets.items()}

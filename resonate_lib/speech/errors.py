@@ -1,6 +1,7 @@
 """How transcripts differ from what was said: word errors, a stated rule for hallucination, and tables with their intervals.
 
-WER is the sum of word errors over the sum of reference words. No reward is computed here: this is what judges.
+WER is the sum of word errors over the sum of reference words. Texts are compared as `rules.spoken` writes them: digits, hyphens and
+signs as words, on both sides. No reward is computed here: this is what judges.
 """
 
 from __future__ import annotations
@@ -8,16 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jiwer
+import numpy as np
 import pandas as pd
 
 from resonate_lib.evaluation import stats
-from resonate_lib.rewards.rules import words
+from resonate_lib.rewards.rules import spoken
 
 LONGEST_LOOP = 4  # words in what may be said over and over
 TOGETHER = ("silence", "long")  # parts that are judged as one as well: where words are invented
+SPOKEN = ("test", "long")  # and all in which something is said
 TIMES = 3  # in a row make a loop
 INSERTED, SHARE = 2, 0.1  # inserted words, and their share of the reference's, from which on text is invented
 COUNTS = ("words", "errors", "substitutions", "deletions", "insertions")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as they are spoken: "Dial 5!" -> ["dial", "five"]."""
+    return spoken(text).split()
 
 
 def word_errors(hypothesis: str, reference: str) -> dict[str, int]:
@@ -73,38 +81,71 @@ def judge(utterances: Sequence, hypotheses: Sequence[str], *, system: str, part:
 
 
 def summary(rows: pd.DataFrame, *, base: str, n: int = 2000) -> pd.DataFrame:
-    """A line for each system and part, and one for the parts of TOGETHER as one: utterances, WER with its bootstrap interval over
-    utterances, its paired change against `base` (same utterances) and that as a share of base's WER, the share of exact
+    """A line for each system and part, those of `with_joint` included: utterances, WER with its bootstrap interval, its
+    paired change against `base` (same utterances) in words and as a share of base's WER, both with intervals, the share of exact
     transcripts, and the hallucination rate with its interval and its paired change. WER is nan where nothing was said.
 
-    rows: of `judge`, one seed or several. Whole utterances are resampled; the rate of one seed has Wilson's interval.
+    rows: of `judge`, one seed or several. Whole utterances are resampled, with several seeds these too; the rate of one seed has
+    Wilson's interval. The share is that of all errors over base's errors in the same words; nan where base makes none.
     """
-    both = rows[rows["part"].isin(TOGETHER)]
-    if both["part"].nunique() == len(TOGETHER):  # ids of two parts may be the same
-        rows = pd.concat([rows, both.assign(part=" and ".join(TOGETHER), id=both["part"] + " " + both["id"])], ignore_index=True)
-    lines = []
+    rows, lines = with_joint(rows), []
     for (system, part), own in rows.groupby(["system", "part"], sort=False):
         asked = rows[(rows["system"] == base) & (rows["part"] == part)]
-        line = {"system": system, "part": part, "n": len(own), "words": int(own["words"].sum())}
+        line = {"system": system, "part": part, "n": len(own), "words": int(own["words"].sum()), "seeds": own["seed"].nunique()}
         if line["words"]:
-            line |= stats.bootstrap_ratio(own["errors"], own["words"], own["id"], n=n).columns("wer")
+            line |= stats.bootstrap_ratio(own["errors"], own["words"], own["id"], seeds=own["seed"], n=n).columns("wer")
         paired = own.merge(asked, on=["id", "seed"], suffixes=("", "_base")) if system != base and len(asked) else None
         if line["words"] and paired is not None:
-            columns = [paired[name] for name in ("errors", "words", "errors_base", "words_base", "id")]
-            change = stats.paired_ratio(*columns, n=n)
-            line |= change.columns("wer_change")
-            line["wer_relative"] = change.mean / max(asked["errors"].sum() / asked["words"].sum(), 1e-9)
+            errors, words_said, before, words_before = (paired[name] for name in ("errors", "words", "errors_base", "words_base"))
+            both = paired["id"], paired["seed"]
+            line |= stats.paired_ratio(errors, words_said, before, words_before, *both, n=n).columns("wer_change")
+            line |= stats.paired_ratio(errors, before, before, before, *both, n=n).columns("wer_relative")
         line["exact"] = own["exact"].mean()
         lines.append(line | _invented(own, paired, n))
     return pd.DataFrame(lines)
 
 
+def with_joint(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, and those of all parts of TOGETHER, and of SPOKEN, once more as one part each, where there are all of them."""
+    made = [rows]
+    for names in (TOGETHER, SPOKEN):
+        both = rows[rows["part"].isin(names)]
+        made += [_as_one(both)] if both["part"].nunique() == len(names) else []
+    return pd.concat(made, ignore_index=True)
+
+
+def _as_one(rows: pd.DataFrame) -> pd.DataFrame:
+    """The parts as one, named after them; ids of two parts may be the same."""
+    return rows.assign(part=" and ".join(dict.fromkeys(rows["part"])), id=rows["part"] + " " + rows["id"])
+
+
+def compared(
+    rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], *, top: str, bottom: str | None = None, group: str = "id", n: int = 4000
+) -> pd.DataFrame:
+    """A row for each pair (a, b) of systems: sum(top) / sum(bottom) (None: the mean of top) of a less that of b, over the rows of
+    the same id and seed, with its interval, its p, and p as Holm corrects it for the pairs of this table.
+
+    group: the column whose values are resampled as a whole; with several seeds these are, too.
+    """
+    table = []
+    for one, other in pairs:
+        left, right = (rows[rows["system"] == name] for name in (one, other))
+        both = left.merge(right, on=["id", "seed"], suffixes=("", "_other"))
+        ones = np.ones(len(both))
+        sums = [both[name] if name else ones for name in (top, bottom, f"{top}_other", bottom and f"{bottom}_other")]
+        found = stats.compare(*sums, both[group], both["seed"], n=n)
+        table.append({"system": one, "against": other, "pairs": len(both), **found.gain.columns("change"), "p": found.p})
+    return pd.DataFrame(table).assign(p_holm=lambda made: stats.holm(made["p"]))
+
+
 def _invented(own: pd.DataFrame, paired: pd.DataFrame | None, n: int) -> dict[str, float]:
     """The columns of hallucination: cases, their rate with its interval, and its change where there is a base to pair with."""
     cases = int(own["hallucinated"].sum())
-    rate = stats.wilson(cases, len(own)) if own["id"].is_unique else stats.bootstrap_mean(own["hallucinated"], own["id"], n=n)
+    rate = stats.wilson(cases, len(own))
+    if own["seed"].nunique() > 1:
+        rate = stats.bootstrap_mean(own["hallucinated"], own["id"], seeds=own["seed"], n=n)
     line = {"hallucinated": cases} | rate.columns("hallucination")
     if paired is not None:
-        change = stats.paired_bootstrap(paired["hallucinated"], paired["hallucinated_base"], paired["id"], n=n)
-        line |= change.columns("hallucination_change")
+        sides = paired["hallucinated"], paired["hallucinated_base"]
+        line |= stats.paired_bootstrap(*sides, paired["id"], paired["seed"], n=n).columns("hallucination_change")
     return line

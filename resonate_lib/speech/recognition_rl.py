@@ -44,7 +44,7 @@ class Batch:
     """B utterances of like length and their n = B * group_size hypotheses: what an update computes at once.
 
     features (B, mels, T), frames (B,); ids, mask, old, ref (n, L): tokens, log-probabilities when sampled and under the reference
-    (None: no KL); advantages, errors (n,); texts: B references.
+    (None: no KL), all at the temperature of the sampling; advantages, errors (n,); texts: B references.
     """
 
     features: Tensor
@@ -109,10 +109,10 @@ def _sampled(recogniser: Recogniser, inputs, clips, config, generator, engine) -
     ended = torch.tensor([reply.ended for reply in replies], device=mask.device)
     last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(-1, keepdim=True) - 1
     mask &= ended[:, None] | ~last  # the end token of one that was cut off was never drawn
-    old = token_policy.token_log_probs(recogniser.model, inputs, ids, mask)
-    theirs = torch.tensor([reply.log_prob for reply in replies], device=mask.device)
-    gap = ((old.sum(-1) - theirs).abs() / mask.sum(-1).clamp_min(1)).nanmean().item()
-    return ids, mask, old, gap
+    plain = token_policy.token_log_probs(recogniser.model, inputs, ids, mask)
+    theirs = torch.tensor([reply.log_prob for reply in replies], device=mask.device)  # engines send those at temperature 1
+    gap = ((plain.sum(-1) - theirs).abs() / mask.sum(-1).clamp_min(1)).nanmean().item()
+    return ids, mask, plain if config.temperature == 1 else None, gap
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def collect(
                 inputs = recogniser.prompts(heard)
                 ids, mask, old, gap = _sampled(recogniser, inputs, clips, config, generator, engine)
                 if old is None:
-                    old = token_policy.token_log_probs(recogniser.model, inputs, ids, mask)
+                    old = token_policy.token_log_probs(recogniser.model, inputs, ids, mask, temperature=config.temperature)
             batches.append(Batch(features, frames, ids, mask, old, [corpus.utterances[place].text for place in positions[part]]))
             said += recogniser.decode(ids, mask)
             ends = torch.isin(ids, torch.tensor(recogniser.end, device=ids.device)) & mask
@@ -182,7 +182,7 @@ def teaching(batch: Batch, config) -> Batch | None:
 def batch_loss(recogniser: Recogniser, batch: Batch, config) -> tuple[Tensor, dict[str, float]]:
     """The objective's loss on one batch, and what to report; gradients reach the audio tower too."""
     inputs = recogniser.prompts(recogniser.listen(batch.features, batch.frames))
-    new = token_policy.token_log_probs(recogniser.model, inputs, batch.ids, batch.mask)
+    new = token_policy.token_log_probs(recogniser.model, inputs, batch.ids, batch.mask, temperature=config.temperature)
     if config.objective == "grpo":
         return token_policy.grpo_loss(
             new, batch.old, batch.ref, batch.mask, batch.advantages, clip_range=config.clip_range, beta=config.beta
@@ -211,7 +211,8 @@ def update(recogniser: Recogniser, module, optimizer, made: Round, config, refer
         with torch.no_grad(), reference(turns), autocast(config.precision, device):
             for batch in batches:
                 inputs = recogniser.prompts(recogniser.listen(batch.features, batch.frames))
-                batch.ref = token_policy.token_log_probs(recogniser.model, inputs, batch.ids, batch.mask)
+                batch.ref = token_policy.token_log_probs(recogniser.model, inputs, batch.ids, batch.mask,
+                                                         temperature=config.temperature)
     rows = []
     with turns.take("encoder", "decoder", "optimizer"):
         for _ in range(config.epochs):

@@ -34,6 +34,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz0123456789"
 FIRST_LETTER = 3 + len(ATTRIBUTES)
 FIRST_TOKEN = FIRST_LETTER + len(LETTERS)  # the first speech token
 POOL = 8  # batches that are drawn together and sorted by length, of which one is taken
+TIED = "lm_head.weight"  # the output layer, which is the embedding and is not saved
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,18 @@ class Speaker:
         tokenizer = SpeechTokenizer(TokenizerShape(**content["tokenizer"]))
         tokenizer.load_state_dict(storage.read(folder / "tokenizer.safetensors"))
         speaker = cls.new(tokenizer.eval().requires_grad_(False), SpeakerShape(**content["speaker"]), seed=0)
-        speaker.model.load_state_dict(storage.read(folder / "model.safetensors"), strict=False)
+        told = speaker.model.load_state_dict(storage.read(folder / "model.safetensors"), strict=False)
+        lacks, more = [name for name in told.missing_keys if name != TIED], told.unexpected_keys
+        if lacks or more:
+            raise ValueError(f"{folder}: model.safetensors lacks {len(lacks)} tensors and holds {len(more)} others "
+                             f"({[*lacks, *more][0]}): a damaged folder; copy it again, or train it anew")
         speaker.card |= content["training"]
         return speaker
 
 
 def _untied(model: Qwen2ForCausalLM) -> Mapping[str, Tensor]:
     """The weights without the output layer, which is the embedding."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    return {name: tensor for name, tensor in model.state_dict().items() if name != TIED}
 
 
 def like_lengths(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:

@@ -11,23 +11,24 @@ from torch import Tensor
 
 from resonate_lib.evaluation import stats
 from resonate_lib.progress import told
-from resonate_lib.rewards.rules import words
-from resonate_lib.speech.errors import word_errors
+from resonate_lib.speech.errors import word_errors, words
 from resonate_lib.speech.lines import Line, class_of, measures
 
 
 def judge_clips(
-    system: str, clips: Sequence[Tensor], lines: Sequence[Line], ears: Mapping[str, object], limits: Mapping, sample_rate: int
-) -> pd.DataFrame:
-    """A row a clip: the line, heard_<ear>, errors_<ear> and words; pitch_hz, letter_s; pitch_right and rate_right, by `limits`
-    (`lines.learn_limits`). ears: name -> Recogniser."""
+    system: str, clips: Sequence[Tensor], lines: Sequence[Line], ears: Mapping[str, object], limits: Mapping, sample_rate: int,
+    *, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """A row a clip: id, its place; line, the same for clips of the same line; text, pitch, rate, kind, level; heard_<ear>,
+    errors_<ear> and words; pitch_hz, letter_s; pitch_right and rate_right, by `limits` (`lines.learn_limits`). ears: name ->
+    Recogniser."""
     heard = {name: [ear.transcribe([clip], sample_rate)[0] for clip in told(clips, len(clips), f"{system}: heard by the {name}")]
              for name, ear in ears.items()}  # fmt: skip
     rows = []
     for place, (clip, line) in enumerate(zip(clips, lines, strict=True)):
         found = measures(clip, sample_rate, line.text)
-        row = {"system": system, "line": place, **line.as_dict(), "words": len(words(line.text))}
-        row["length_s"] = len(clip) / sample_rate
+        row = {"system": system, "seed": seed, "id": place, "line": f"{line.text} ({line.pitch}, {line.rate})"}
+        row |= {**line.as_dict(), "words": len(words(line.text)), "length_s": len(clip) / sample_rate}
         for name, texts in heard.items():
             row |= {f"heard_{name}": texts[place], f"errors_{name}": word_errors(texts[place], line.text)["errors"]}
         row |= {"pitch_hz": found["pitch"], "letter_s": found["rate"]}
@@ -37,20 +38,25 @@ def judge_clips(
 
 
 def summary(rows: pd.DataFrame, *, ears: Sequence[str], base: str, n: int = 2000) -> pd.DataFrame:
-    """A row a system: word error rate of each ear (errors of all lines over their words), its difference to `base`, and how often
-    pitch and rate are right, each with its 95 % interval by bootstrap over lines; differences are paired."""
-    first, table = rows[rows["system"] == base].set_index("line"), []
+    """A row a system: word error rate of each ear (errors of all clips over their words), how often pitch and rate are right, and
+    how each differs from `base`, with 95 % intervals by bootstrap over lines, and with several seeds over these too.
+
+    Clips of one line are drawn together: they are no more lines. Differences are paired: the same id of the same seed.
+    """
+    measured = {f"wer_{ear}": (f"errors_{ear}", "words") for ear in ears}
+    measured |= {name: (name, None) for name in ("pitch_right", "rate_right")}
+    table = []
     for name, part in rows.groupby("system", sort=False):
-        part = part.set_index("line").reindex(first.index)
-        row = {"system": name, "lines": len(part)}
-        for ear in ears:
-            top, bottom = part[f"errors_{ear}"].to_numpy(float), part["words"].to_numpy(float)
-            row |= stats.bootstrap_ratio(top, bottom, n=n).columns(f"wer_{ear}")
-            if name != base:
-                other = first[f"errors_{ear}"].to_numpy(float), first["words"].to_numpy(float)
-                row |= stats.paired_ratio(top, bottom, *other, n=n).columns(f"change_{ear}")
-        for attribute in ("pitch_right", "rate_right"):
-            row |= stats.bootstrap_mean(part[attribute].to_numpy(float), n=n).columns(attribute)
+        row = {"system": name, "clips": len(part), "lines": part["line"].nunique(), "seeds": part["seed"].nunique()}
+        paired = part.merge(rows[rows["system"] == base], on=["id", "seed"], suffixes=("", "_base")) if name != base else None
+        for metric, (top, bottom) in measured.items():
+            below = part[bottom] if bottom else np.ones(len(part))
+            row |= stats.bootstrap_ratio(part[top], below, part["line"], seeds=part["seed"], n=n).columns(metric)
+            if paired is not None:
+                sides = [paired[top], paired[bottom] if bottom else np.ones(len(paired))]
+                sides += [paired[f"{top}_base"], paired[f"{bottom}_base"] if bottom else np.ones(len(paired))]
+                change = stats.paired_ratio(*sides, paired["line"], paired["seed"], n=n)
+                row |= change.columns(metric.replace("wer_", "change_") if bottom else f"{metric}_change")
         table.append(row)
     return pd.DataFrame(table)
 
@@ -59,7 +65,7 @@ def bars(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """The table's metrics as `plots.bars_with_intervals` takes them: a row for each system and metric."""
     return pd.DataFrame([
         {"system": row["system"], "metric": name, "mean": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"],
-         "n": row["lines"]}
+         "n": row["clips"]}
         for row in table.to_dict("records") for name in metrics
     ])  # fmt: skip
 

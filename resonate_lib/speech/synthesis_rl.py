@@ -90,7 +90,8 @@ def roll_out(
     speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, random: torch.Generator, turns: Turns
 ) -> Spoken:
     """Sample config.group_size sequences for each line in the policy's turn, score them in the reader's and, with config.filtering,
-    decide what to learn from."""
+    decide what to learn from. A group's spread is that of the text part: what the reader thinks of quality differs from sample to
+    sample, and would hide that all say the same."""
     with turns.take("policy"), autocast(config.precision, speaker.model.device.type):
         sampled = speaker.sample(lines, group_size=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens,
                                  generator=random)
@@ -101,8 +102,8 @@ def roll_out(
     keep, dropped = torch.ones(len(every), dtype=torch.bool), {"failed": 0, "length": 0, "spread": 0}
     if config.filtering:
         lengths = torch.tensor([len(row) for row in tokens])
-        keep, dropped = keep_groups(rewards, sampled.group_ids, lengths=lengths, failed=failed, min_spread=config.min_spread,
-                                    length_deviations=config.length_deviations)
+        keep, dropped = keep_groups(parts["text"], sampled.group_ids, lengths=lengths, failed=failed | ~rewards.isfinite(),
+                                    min_spread=config.min_spread, length_deviations=config.length_deviations)
     advantages = torch.zeros(len(every), dtype=torch.float64)
     if keep.any():
         advantages[keep] = group_advantages(rewards[keep], sampled.group_ids[keep], global_std=False)
@@ -181,10 +182,12 @@ def update(
 
 
 def _logits(model, speaker: Speaker, kept: Kept, part: slice, config) -> Tensor:
-    """Logits (b, L, vocabulary) of these sequences by teacher forcing, in the configured precision."""
+    """Logits (b, L, vocabulary) of these sequences by teacher forcing, in the configured precision, over the temperature that they
+    were sampled at: what is trained is the policy that spoke."""
     device = kept.ids.device
     with autocast(config.precision, device.type):
-        return token_policy.token_logits(model, speaker.prompts(kept.lines[part], device=device), kept.ids[part])
+        logits = token_policy.token_logits(model, speaker.prompts(kept.lines[part], device=device), kept.ids[part])
+    return logits / config.temperature
 
 
 def _step(
@@ -250,25 +253,54 @@ def round_metrics(spoken: Spoken) -> dict[str, float]:
     }
 
 
-def round_gradient(speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, *, seed: int = 0) -> Tensor:
-    """The gradient (weights,) of the objective's loss, without its KL, in one round on these lines; the speaker stays as it is.
+class _Misled:
+    """A reader that is asked for the lines `shift` rows further on than those that were said."""
 
-    Two rounds whose gradients have no cosine have nothing to tell each other: what the one learns the other does not confirm.
-    ValueError where nothing was kept.
+    def __init__(self, reader: TokenReader, shift: int):
+        self.reader, self.shift = reader, shift
+
+    def parts(self, weights: Tensor, mask: Tensor, lines: Sequence[Line]) -> dict[str, Tensor]:
+        shift = self.shift % len(lines)
+        return self.reader.parts(weights, mask, [*lines[shift:], *lines[:shift]])
+
+
+def _shuffled(kept: Kept, groups: Tensor, random: torch.Generator) -> Kept:
+    """The same sequences with their advantages dealt out anew within each group, groups (n,)."""
+    advantages = kept.advantages.clone()
+    for group in groups.unique():
+        own = (groups == group).nonzero().flatten()
+        advantages[own] = kept.advantages[own[torch.randperm(len(own), generator=random)]]
+    return replace(kept, advantages=advantages)
+
+
+def round_gradients(
+    speaker: Speaker, reader: TokenReader, reward, lines: Sequence[Line], config, *, seed: int = 0, shuffles: int = 0
+) -> Tensor:
+    """The gradient of the objective's loss, without its KL, in one round on these lines, and, of the same samples, `shuffles`
+    gradients of a lesson without sense: (1 + shuffles, weights), on the CPU; the speaker stays as it is.
+
+    Two rounds whose gradients have no cosine have nothing to tell each other: what the one learns the other does not confirm. In a
+    shuffled one advantages are dealt out anew within their groups, and the reader is asked for the text of another line (of the
+    same micro-batch; with one line in it, of the same): its cosines are what comes of the model alone. ValueError where nothing
+    was kept.
     """
     random, turns, config = torch.Generator().manual_seed(seed), taking_turns(speaker, reader), replace(config, beta=0.0)
-    kept = kept_of(roll_out(speaker, reader, reward, lines, config, random, turns))
+    spoken = roll_out(speaker, reader, reward, lines, config, random, turns)
+    kept, groups, found = kept_of(spoken), spoken.sampled.group_ids[spoken.keep], []
     if not len(kept.lines):
         raise ValueError(f"of {len(lines)} lines x {config.group_size} samples nothing was kept: no gradient to look at")
-    speaker.model.zero_grad(set_to_none=True)
     with turns.take("policy", "reader"):
-        for part in parts(len(kept.lines), config.micro_batch):
-            loss, _ = part_loss(speaker, reader, kept, part, config, config.gumbel_start, random)
-            (loss * (part.stop - part.start) / len(kept.lines)).backward()
-        found = torch.cat([p.grad.flatten().cpu() for p in speaker.model.parameters() if p.grad is not None])
+        for number in range(1 + shuffles):
+            asked = _Misled(reader, number * config.group_size) if number else reader
+            lesson = _shuffled(kept, groups, random) if number else kept
+            speaker.model.zero_grad(set_to_none=True)
+            for part in parts(len(kept.lines), config.micro_batch):
+                loss, _ = part_loss(speaker, asked, lesson, part, config, config.gumbel_start, random)
+                (loss * (part.stop - part.start) / len(kept.lines)).backward()
+            found.append(torch.cat([p.grad.flatten().cpu() for p in speaker.model.parameters() if p.grad is not None]))
         speaker.model.zero_grad(set_to_none=True)
     turns.end("policy", "reader")
-    return found
+    return torch.stack(found)
 
 
 def taking_turns(speaker: Speaker, reader: TokenReader, timeline: Timeline | None = None, **others) -> Turns:

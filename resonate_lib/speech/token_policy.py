@@ -20,7 +20,7 @@ class Sampled:
     """n sequences, siblings adjacent, filled up on the right.
 
     ids (n, L) int64; mask (n, L) bool, true up to and with the end token; log_probs (n, L) float32 under the whole vocabulary at
-    temperature 1, 0 outside the mask; group_ids (n,): the prompt of each.
+    the temperature they were drawn at (greedy ones: at 1), 0 outside the mask; group_ids (n,): the prompt of each.
     """
 
     ids: Tensor
@@ -91,7 +91,8 @@ def sample(
 
     inputs: as for `prefill`. generator: on the CPU; one number for every sequence and position is drawn from it and from nothing
     else, also for sequences that have ended (None only with temperature 0, which is greedy). Sequences that ended are taken out of
-    the batch, so that a single long one costs little. ValueError for values out of range.
+    the batch, so that a single long one costs little. With top_p below 1 tokens are drawn from a part of the vocabulary and yet
+    scored under all of it: their log-probabilities are then not those they were drawn with. ValueError for values out of range.
     """
     if group_size < 1 or max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -110,7 +111,7 @@ def sample(
         numbers = torch.rand(count, generator=generator, dtype=torch.float64) if temperature > 0 else torch.zeros(count)
         token = draw(logits, numbers.to(device)[alive], temperature=temperature, top_p=top_p)
         ids[alive, place], spoken[alive, place] = token, True
-        log_probs[alive, place] = -F.cross_entropy(logits.float(), token, reduction="none")
+        log_probs[alive, place] = -F.cross_entropy(logits.float() / (temperature or 1.0), token, reduction="none")
         going = (~torch.isin(token, ends)).nonzero().flatten()
         if place + 1 == max_new_tokens or not len(going):
             break
@@ -136,12 +137,13 @@ def token_logits(model, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     return torch.cat([first[:, None], continued(model, cache, mask, ids[:, :-1])], dim=1)
 
 
-def token_log_probs(model, inputs: Mapping[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-    """log p(token | prompt, tokens before) (n, L) in nats at temperature 1, 0 outside mask (n, L); gradients flow.
+def token_log_probs(model, inputs: Mapping[str, Tensor], ids: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log p(token | prompt, tokens before) (n, L) in nats of softmax(logits / temperature), 0 outside mask (n, L); gradients flow.
 
-    Equal to what `sample` stores up to rounding: in float32 the first ratio of an update lies within 1e-4 of 1.
+    Equal to what `sample` stores at this temperature, up to rounding: in float32 the first ratio of an update lies within 1e-4 of
+    1. The policy that is trained is the tempered one: samples drawn at another temperature than they are scored at would bias it.
     """
-    logits = token_logits(model, inputs, ids).float()
+    logits = token_logits(model, inputs, ids).float() / temperature
     return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape) * mask
 
 
