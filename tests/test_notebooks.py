@@ -202,10 +202,15 @@ def test_09_and_10_train_judge_and_show_their_memory(tmp_path, starts):
     assert here == (tuned | {"recogniser", "speaker", "speech_reward"} if starts else tuned)
     summaries = {name: json.loads((made / "metrics" / f"{name}_summary.json").read_text()) for name in ("asr", "tts")}
     assert {row["system"] for row in summaries["asr"]} == {"supervised", "grpo", "mwer"}
-    assert {row["part"] for row in summaries["asr"]} == {"test", "silence", "long", "silence and long"}
+    assert {row["part"] for row in summaries["asr"]} == {"test", "silence", "long", "silence and long", "test and long"}
     assert {"supervised", "GRPO", "DiffRO", "both", "both, filtered"} <= {row["system"] for row in summaries["tts"]}
     choices = json.loads((made / "metrics" / "asr_data_choice.json").read_text())
     assert [row["choice"] for row in choices] == ["random", "hard", "middle", "middle_long"]
+    toy = json.loads((made / "metrics" / "tts_toy.json").read_text())
+    assert [row["gradient"].split(",")[0] for row in toy] == ["REINFORCE", *4 * ["Gumbel-Softmax"]]
+    for name, pairs in (("asr_paired", 6), ("asr_choice_paired", 6), ("tts_paired", 12)):
+        rows = json.loads((made / "metrics" / f"{name}.json").read_text())
+        assert len(rows) == pairs and all("change_low" in row and "p_holm" in row for row in rows)
     for name in ("asr", "tts"):
         moves = json.loads((made / "metrics" / f"{name}_memory.json").read_text())
         assert 0 < max(row["resident"] for row in moves) < max(row["everything"] for row in moves)
