@@ -80,7 +80,7 @@ class SpeakerConfig(Config):
     tokenizer_steps: int = knob(1500, low=1)
     tokenizer_batch_size: int = knob(32, low=1)
     codes: int = knob(1024, low=2, high=65536)  # of the codebook
-    steps: int = knob(4000, low=1)  # of the language model
+    steps: int = knob(1500, low=1)  # of the language model
     batch_size: int = knob(32, low=1)
     learning_rate: float = knob(2e-3, above=0, high=1)
     width: int = knob(128, low=16)

@@ -202,7 +202,7 @@ def test_09_and_10_train_judge_and_show_their_memory(tmp_path, starts):
     assert here == (tuned | {"recogniser", "speaker", "speech_reward"} if starts else tuned)
     summaries = {name: json.loads((made / "metrics" / f"{name}_summary.json").read_text()) for name in ("asr", "tts")}
     assert {row["system"] for row in summaries["asr"]} == {"supervised", "grpo", "mwer"}
-    assert {row["part"] for row in summaries["asr"]} == {"test", "silence", "long", "silence and long", "test and long"}
+    assert {row["part"] for row in summaries["asr"]} == {"test", "silence", "long", "silence and long", "test and long", "all"}
     assert {"supervised", "GRPO", "DiffRO", "both", "both, filtered"} <= {row["system"] for row in summaries["tts"]}
     choices = json.loads((made / "metrics" / "asr_data_choice.json").read_text())
     assert [row["choice"] for row in choices] == ["random", "hard", "middle", "middle_long"]

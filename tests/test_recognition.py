@@ -407,9 +407,12 @@ def engine_of(recogniser, *, broken=""):
         clip, _ = soundfile.read(io.BytesIO(base64.b64decode(parts["input_audio"]["input_audio"]["data"])), dtype="float32")
         settings = {"group_size": request["n"], "max_new_tokens": request["max_tokens"], "temperature": request["temperature"]}
         generator = torch.Generator().manual_seed(request["seed"])
-        got = token_policy.sample(recogniser.model, recogniser.inputs([torch.from_numpy(clip)]), generator=generator, **settings)
+        with torch.no_grad():
+            inputs = recogniser.inputs([torch.from_numpy(clip)])
+            got = token_policy.sample(recogniser.model, inputs, generator=generator, **settings)
+            log_probs = token_policy.token_log_probs(recogniser.model, inputs, got.ids, got.mask)  # as servers do: at 1
         choices = []
-        for text, kept, values in zip(recogniser.decode(got.ids, got.mask), got.mask, got.log_probs, strict=True):
+        for text, kept, values in zip(recogniser.decode(got.ids, got.mask), got.mask, log_probs, strict=True):
             tokens = [{"token": "?", "logprob": value} for value in values[kept].tolist()]
             choices.append({"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": tokens}})
         if broken == "text":

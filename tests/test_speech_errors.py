@@ -116,6 +116,10 @@ def test_silence_and_long_together_and_the_paired_change_of_their_hallucinations
     assert found["change"].tolist() == pytest.approx([-4 / 12, 0]) and found["pairs"].tolist() == [12, 12]
     assert found["change_low"][0] < -4 / 12 < found["change_high"][0] <= 0
     assert found["p_holm"][0] == pytest.approx(2 * found["p"][0])
+    more = errors.pd.concat([rows, *(invented_by(system, 1, "test") for system in ("base", "tuned"))])
+    line = errors.summary(more, base="base", n=300).set_index(["system", "part"]).loc[("tuned", "all")]
+    assert (line["n"], line["words"], line["hallucinated"]) == (18, 48, 4)
+    assert line["wer_relative"] == pytest.approx((3 + 6 + 3) / (15 + 6 + 3) - 1)
     words = errors.compared(rows[rows["part"] == "long"], [("tuned", "base")], top="errors", bottom="words", n=200)
     assert words["change"].tolist() == [0.0]
 

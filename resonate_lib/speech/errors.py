@@ -16,8 +16,9 @@ from resonate_lib.evaluation import stats
 from resonate_lib.rewards.rules import spoken
 
 LONGEST_LOOP = 4  # words in what may be said over and over
-TOGETHER = ("silence", "long")  # parts that are judged as one as well: where words are invented
-SPOKEN = ("test", "long")  # and all in which something is said
+JOINT = {  # parts that are judged as one as well: where words are invented, where something is said, everything
+    "silence and long": ("silence", "long"), "test and long": ("test", "long"), "all": ("test", "silence", "long"),
+}  # fmt: skip
 TIMES = 3  # in a row make a loop
 INSERTED, SHARE = 2, 0.1  # inserted words, and their share of the reference's, from which on text is invented
 COUNTS = ("words", "errors", "substitutions", "deletions", "insertions")
@@ -106,17 +107,14 @@ def summary(rows: pd.DataFrame, *, base: str, n: int = 2000) -> pd.DataFrame:
 
 
 def with_joint(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, and those of all parts of TOGETHER, and of SPOKEN, once more as one part each, where there are all of them."""
+    """The rows, and those of the parts of each of JOINT once more as one part, where there are all of them; in "all" words that are
+    written over silence count as errors, beside the words of the others."""
     made = [rows]
-    for names in (TOGETHER, SPOKEN):
-        both = rows[rows["part"].isin(names)]
-        made += [_as_one(both)] if both["part"].nunique() == len(names) else []
+    for name, parts in JOINT.items():
+        own = rows[rows["part"].isin(parts)]
+        if own["part"].nunique() == len(parts):
+            made.append(own.assign(part=name, id=own["part"] + " " + own["id"]))  # ids of two parts may be the same
     return pd.concat(made, ignore_index=True)
-
-
-def _as_one(rows: pd.DataFrame) -> pd.DataFrame:
-    """The parts as one, named after them; ids of two parts may be the same."""
-    return rows.assign(part=" and ".join(dict.fromkeys(rows["part"])), id=rows["part"] + " " + rows["id"])
 
 
 def compared(
