@@ -20,7 +20,7 @@ import test_aesthetics
 import torch
 
 from resonate_lib import audio, versions
-from resonate_lib.config import DataConfig, PretrainConfig, SuiteConfig
+from resonate_lib.config import DataConfig, PretrainConfig, RewardConfig, SuiteConfig
 from resonate_lib.evaluation import instruments
 from resonate_lib.models.generator import Generator
 from resonate_lib.runs import CHECKOUT
@@ -167,11 +167,12 @@ def test_a_base_is_trained_from_nothing_around_published_parts(tmp_path):
         "data": DataConfig(folder=str(folder), captions=str(recordings(folder))),
         "pretrain": PretrainConfig(steps=3, batch_size=3, micro_batch=2, checkpointing=True, hidden_dim=64, depth=3, fused_depth=1,
                                    num_heads=1, text_seq_len=77, precision="float32"),
-        "reward": None,
+        "reward": RewardConfig(eval_clips=4),
     }  # fmt: skip
     base, state = tmp_path / "base", tmp_path / "base.pt"
     history = instruments.build("base", configs, seed=1, folder=base, state=state, cache=tmp_path)
-    assert [row["step"] for row in history] == [0, 1, 2] and all(0 < row["loss"] < 100 for row in history)
+    assert [row["step"] for row in history] == [0, 1, 2]
+    assert all(0 < row[loss] < 100 for row in history for loss in ("loss", "validation_loss"))
     made = Generator.load(base)
     assert sorted(path.name for path in base.iterdir()) == ["generator.json", "network.safetensors"]
     assert made.network.latent_std.isfinite().all() and set(made.parts) == {"vae_44k", "vocoder_44k", "t5"}
