@@ -235,6 +235,7 @@ class AngularDiffusion(Diffusion):
 
     @cached_property
     def alpha_bars(self) -> Tensor:
+        """cos^2 of every timestep's angle, (train_steps,) float64."""
         times = (torch.arange(self.train_steps, dtype=torch.float64) + 0.5) / self.train_steps
         return torch.cos(times * math.pi / 2).square()
 
