@@ -445,3 +445,15 @@ def test_bad_settings_are_one_line(values, words):
 def test_derived_arithmetic():
     text = derived(PPOConfig(steps=5, prompts_per_step=4, group_size=6, minibatches=2, epochs=3))
     assert "5 x 2 x 3 epochs at most = 30" in text and "9 of 10" in text
+
+
+@pytest.mark.parametrize("final_alpha_one", [True, False])
+def test_the_last_step_of_a_chain_is_never_trained(final_alpha_one):
+    """AudioLDM's schedule ends a little before the data, so its last step has a density, and is left out all the same."""
+    process = Diffusion(schedule="scaled_linear", final_alpha_one=final_alpha_one)
+    toy = ToyGenerator()
+    cond, noise = toy.encode_prompts(["a"] * 2), torch.randn(2, *toy.latent_shape, generator=torch.Generator().manual_seed(0))
+    chain = process.rollout(toy.network, noise, cond, steps=5, guidance_scale=1.0, generators=torch.Generator().manual_seed(1))
+    assert chain.stochastic == list(range(4 if final_alpha_one else 5))
+    config = PPOConfig(num_steps=5, timestep_fraction=1.0)
+    assert ppo.trained_steps(chain, config) == [0, 1, 2, 3] == list(range(config.trainable_steps))
