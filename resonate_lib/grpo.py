@@ -84,6 +84,7 @@ class Step:
 
     @classmethod
     def of(cls, trajectory: samplers.Trajectory, rows: Tensor, j: int) -> "Step":
+        """Step j of the trajectories `rows`."""
         latents, times = trajectory.latents, trajectory.times
         return cls(
             latents[rows, j],

@@ -43,6 +43,7 @@ class Rollouts:
 
     @property
     def groups(self) -> int:
+        """How many groups; ids run from 0."""
         return int(self.group_ids.max()) + 1
 
 
@@ -95,6 +96,7 @@ def k_repeat_indices(
 
 
 def draw_seed(generator: torch.Generator) -> int:
+    """A seed below 2**62 from the generator."""
     return int(torch.randint(2**62, (1,), generator=generator))
 
 

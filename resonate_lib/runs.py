@@ -102,18 +102,22 @@ class Run:
 
     @property
     def metrics(self) -> Path:
+        """Folder of tables (csv, json); made when asked for, as the three below."""
         return self._folder("metrics")
 
     @property
     def figures(self) -> Path:
+        """Folder of pictures."""
         return self._folder("figures")
 
     @property
     def audio(self) -> Path:
+        """Folder of clips."""
         return self._folder("audio")
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of trained models."""
         return self._folder("checkpoints")
 
     @property

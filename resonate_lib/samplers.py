@@ -58,6 +58,7 @@ class Trajectory:
 
     @property
     def final(self) -> Tensor:
+        """The last latents (B, N, C)."""
         return self.latents[:, -1]
 
 

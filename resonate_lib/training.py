@@ -41,8 +41,7 @@ def autocast(precision: str = "auto", device: str = "cpu"):
     return torch.autocast(device, torch.bfloat16)
 
 
-def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoint=None, save_every: int = 100,
-        every_seconds: float = EVERY) -> list[dict]:
+def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoint=None, save_every: int = 100) -> list[dict]:
     """Call step(i, generator) -> dict of numbers for i in 0..steps-1; returns the list of those dicts, each with its "step".
 
     modules: {name: object with state_dict and load_state_dict}, everything that changes (network, optimiser, old policy).
@@ -62,7 +61,7 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
             save_state(checkpoint, modules, history, done, before + now - began)
             saved = time.monotonic()
             cost = saved - now
-        if now - told > every_seconds or done == steps:
+        if now - told > EVERY or done == steps:
             told = now
             left = (now - began) / (done - start) * (steps - done)
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(history[-1].items())[1:6])

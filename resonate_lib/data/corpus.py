@@ -51,6 +51,7 @@ class Corpus:
         return cls(audio, records, scenes.SAMPLE_RATE, world_seed)
 
     def first(self, count: int) -> "Corpus":
+        """The first `count` clips."""
         """Its first `count` clips (all where it has no more)."""
         return Corpus(self.audio[:count], self.records[:count], self.sample_rate, self.world_seed)
 
@@ -164,6 +165,7 @@ def open_corpus(config, split: str, *, seed: int, cache) -> Corpus:
 
 
 def to_int16(audio):
+    """Samples in [-1, 1], clipped there, as 16-bit integers of the same shape."""
     return np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16)
 
 

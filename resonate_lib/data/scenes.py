@@ -47,6 +47,7 @@ class Spec:
 
     @property
     def kind(self) -> str:
+        """"count" where an event sounds more than once, "three", else the relation."""
         if any(count > 1 for _, count in self.groups):
             return "count"
         if len(self.groups) == 3:
@@ -55,10 +56,12 @@ class Spec:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The events asked for, in order, without their counts."""
         return tuple(name for name, _ in self.groups)
 
     @classmethod
     def of(cls, record: dict) -> "Spec":
+        """The Spec of a record with "groups" and "relation"."""
         return cls(tuple((name, int(count)) for name, count in record["groups"]), record["relation"])
 
 
@@ -187,6 +190,7 @@ def negatives(spec: Spec, rng: np.random.Generator, split: str | None = None, wo
 
 
 def negative_specs(spec: Spec, rng: np.random.Generator, split: str | None = None, world_seed: int = 0) -> dict[str, Spec]:
+    """What `negatives` says in words, as Specs by kind."""
     wrong = {}
     for kind, change in (("replaced", _replace), ("missing", _add), ("swapped", _swap), ("count", _recount)):
         for _ in range(20):

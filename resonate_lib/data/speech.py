@@ -54,6 +54,7 @@ class Utterance:
     seed: int  # of margins, level, room, noise and dither
 
     def as_dict(self) -> dict:
+        """Plain values, as `of` reads them."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -140,6 +141,7 @@ class SpeechCorpus:
 
     @property
     def texts(self) -> list[str]:
+        """The transcripts, in order."""
         return [utterance.text for utterance in self.utterances]
 
     def select(self, positions: Sequence[int]) -> SpeechCorpus:

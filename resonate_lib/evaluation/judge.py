@@ -58,6 +58,7 @@ class Judge(nn.Module):
 
     @property
     def threshold(self) -> float:
+        """Probability from which a class counts as heard; frozen on validation scenes."""
         return self.config["threshold"]
 
     def mel(self, audio: torch.Tensor) -> torch.Tensor:
@@ -121,6 +122,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, folder) -> "Judge":
+        """The judge that `save` wrote. FileNotFoundError where there is none."""
         folder = Path(folder)
         if not (folder / "judge.safetensors").is_file():
             raise FileNotFoundError(f"no judge in {folder}: train it with `python -m resonate_lib run --from-scratch`")

@@ -69,6 +69,7 @@ def mean_of(values) -> Measure:
 
 
 def auc_of(scores, truth) -> Measure:
+    """Area under the ROC curve of scores (M,), truth (M,) above 0 being the positives; ties count half."""
     below, truth = _below(scores), (np.asarray(truth) > 0).astype(float)
 
     def measure(weights):
@@ -79,12 +80,14 @@ def auc_of(scores, truth) -> Measure:
 
 
 def balanced_of(scores, truth, threshold: float) -> Measure:
+    """Balanced accuracy: half the share of positives scored above the threshold, half that of negatives not above it."""
     said, truth = np.asarray(scores, float) > threshold, np.asarray(truth) > 0
     hit, miss = mean_of(np.where(truth, said, np.nan)), mean_of(np.where(truth, np.nan, ~said))
     return lambda weights: 0.5 * hit(weights) + 0.5 * miss(weights)
 
 
 def spearman_of(a, b) -> Measure:
+    """Spearman's rank correlation of a (M,) and b (M,); ties share their mean rank."""
     ranks = _below(a), _below(b)
 
     def measure(weights):

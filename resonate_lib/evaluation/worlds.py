@@ -86,6 +86,7 @@ class FolderWorld:
 
     @cached_property
     def records(self) -> list[dict]:
+        """All records of the caption file, checked by `audio_folder.load_manifest`."""
         return audio_folder.load_manifest(Path(self.data.folder) / self.data.captions, self.data.folder)
 
     def of_split(self, split: str) -> list[dict]:

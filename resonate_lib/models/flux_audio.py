@@ -42,6 +42,7 @@ class Condition(_TextTensors):
 
     @property
     def batch(self) -> int:
+        """B, the number of prompts."""
         return self.text_f.shape[0]
 
     def index(self, idx) -> "Condition":
@@ -53,6 +54,7 @@ class Condition(_TextTensors):
         return type(self)(self.text_f.repeat_interleave(k, 0), self.text_f_c.repeat_interleave(k, 0))
 
     def to(self, *args, **kwargs) -> "Condition":
+        """As `Tensor.to`, of both tensors."""
         return type(self)(self.text_f.to(*args, **kwargs), self.text_f_c.to(*args, **kwargs))
 
     @classmethod

@@ -137,6 +137,7 @@ class FineColumns:
         self.reward, self.sample_rate = FineLalm(judge, "fine"), sample_rate
 
     def score(self, audio: Tensor, records: Sequence[dict]) -> dict[str, Tensor]:
+        """{column: (B,) scores}, nan for records that list no events."""
         found = {name: torch.full((len(records),), NAN) for name in ("fine", "fine_events", "fine_relation")}
         rows = [i for i, record in enumerate(records) if record.get("groups") or record.get("event_list")]
         if rows:

@@ -198,6 +198,7 @@ class PromptFrame:
         self.special = processor.tokenizer.all_special_tokens
 
     def suffix(self, question: str) -> str:
+        """What stands after the audio, with the question in it. ValueError for control tokens of the tokenizer in it."""
         refuse_control_tokens(question, self.special)
         return self.tail.replace("{question}", question)
 

@@ -33,7 +33,8 @@ DITHER = 3e-3  # uniform, of full scale: without it pocketsphinx takes digital s
 class Recogniser(Protocol):
     """Writes down clips, (B, T) or a list of (T,), in [-1, 1] at sample_rate in Hz: B texts, "" where nothing is heard."""
 
-    def transcribe(self, audio: Tensor | Sequence[Tensor], sample_rate: int) -> list[str]: ...
+    def transcribe(self, audio: Tensor | Sequence[Tensor], sample_rate: int) -> list[str]:
+        """B texts, in the order of the clips."""
 
 
 def clips_of(audio: Tensor | Sequence[Tensor], sample_rate: int) -> list[np.ndarray]:

@@ -40,6 +40,7 @@ class Line:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
 
     def as_dict(self) -> dict:
+        """Plain values, as JSON holds them."""
         return asdict(self)
 
 

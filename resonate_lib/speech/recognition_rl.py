@@ -81,6 +81,7 @@ class Round:
 
     @property
     def groups(self) -> int:
+        """How many groups; ids run from 0."""
         return int(self.group_ids.max()) + 1
 
 

@@ -59,6 +59,7 @@ class Spoken:
 
     @property
     def lengths(self) -> Tensor:
+        """Tokens of each sample, (B,)."""
         return torch.tensor([len(row) for row in self.tokens])
 
 
