@@ -51,7 +51,6 @@ class Corpus:
         return cls(audio, records, scenes.SAMPLE_RATE, world_seed)
 
     def first(self, count: int) -> "Corpus":
-        """The first `count` clips."""
         """Its first `count` clips (all where it has no more)."""
         return Corpus(self.audio[:count], self.records[:count], self.sample_rate, self.world_seed)
 
@@ -146,6 +145,7 @@ class LazyCorpus:
         return audio_folder.load_with_lengths(chosen, sample_rate=self.sample_rate, seconds=self.seconds)
 
     def first(self, count: int) -> "LazyCorpus":
+        """Its first `count` clips (all where it has no more)."""
         return LazyCorpus(self.records[:count], sample_rate=self.sample_rate, seconds=self.seconds)
 
     captions = Corpus.captions
