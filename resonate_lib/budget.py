@@ -37,8 +37,8 @@ BESIDE |= {"05 grpo": 1, "05 diffro": 2, "08 grpo": 1, "08 nft": 2, "08 dpo": 3}
 SYSTEMS = {"00": 2, "06": 7, "07": 6}  # networks of the notebooks that only generate: the base and what was tuned
 HEARING = {  # who hears, besides the reward lines
     "02": ("clap", "lalm", "clap_eval", "lalm_eval"),
-    "04": ("clap_eval", "aesthetics"),  # the watch, as in 05
-    "05": ("clap", "lalm", "clap_eval", "lalm_eval", "aesthetics"),
+    "04": ("clap_eval", "aesthetics", "msclap"),  # the watch, as in 05
+    "05": ("clap", "lalm", "clap_eval", "lalm_eval", "aesthetics", "msclap"),
     "06": ("clap", "clap_eval", "lalm_eval", "aesthetics", "msclap"),
     "08": ("clap", "clap_eval", "aesthetics", "msclap"),
 }
@@ -239,7 +239,7 @@ def parts(config: Mapping[str, Mapping[str, Any]], notebooks: list[str], paramet
             of_list = source.startswith(PARTS[part].hub)
             size = f"about {PARTS[part].gigabytes:g} GB, {PARTS[part].licence}" if of_list else "its size is not known"
             lines.append(f"not here yet and will be downloaded: {PARTS[part].what}, {source} ({size})")
-    if "06" in notebooks and config["reward"]["msclap_source"]:
+    if config["reward"]["msclap_source"] and any("msclap" in HEARING.get(number, ()) for number in notebooks):
         _check_msclap()
     bench = parameters.get("06", {}).get("tta_bench") or config["eval"]["tta_bench"]
     if "06" in notebooks and bench:

@@ -23,9 +23,11 @@ class Timeline(list):
     """The rows of a `Turns.timeline`, to be kept in a training's state: a resumed training goes on from those of the first."""
 
     def state_dict(self) -> dict[str, list]:
+        """The rows, under one key."""
         return {"rows": list(self)}
 
     def load_state_dict(self, state: Mapping[str, list]) -> None:
+        """The rows of `state_dict` in place of these."""
         self[:] = state["rows"]
 
 

@@ -269,7 +269,8 @@ def _compare_tables(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     out = first[[name for name in first.columns if name not in _numeric(first)]].copy()
     for name in _numeric(first):
         out[f"{name}_a"], out[f"{name}_b"] = first[name], second[name]
-        out[f"{name}_change"] = second[name] - first[name]
+        if not name.endswith(("low", "high")):  # the ends of two intervals are not subtracted
+            out[f"{name}_change"] = second[name] - first[name]
     return out
 
 

@@ -121,6 +121,35 @@ def test_robustness_pairs_every_prompt_with_its_clean_self():
     assert table["mean"][0] == pytest.approx(by_hand)
 
 
+def test_gains_of_every_part_are_paired_and_corrected_together():
+    rng, rows = np.random.default_rng(0), []
+    for part, gain in (("accuracy", 0.3), ("generalization", 0.0)):
+        for i, value in enumerate(rng.random(40)):
+            for system, more in (("base", 0.0), ("NFT", gain)):
+                rows.append(row(f"{part}_{i}", value + more + 0.01 * rng.random(), part, system=system, event_count=1))
+    rows += [row("x", 0.5, "clean", system=system) for system in ("base", "NFT")]
+    table = parts.gains(pd.DataFrame(rows), names=("q",), n=400).set_index("part")
+    assert list(table.index) == ["accuracy", "generalization"] and set(table["system"]) == {"NFT"}
+    assert table["gain"].to_dict() == pytest.approx({"accuracy": 0.3, "generalization": 0.0}, abs=0.01)
+    assert table["shown"].to_dict()["accuracy"] == 1 and set(table["prompts"]) == {40}
+    assert table["p_holm"].tolist() == stats.holm(table["p"]).tolist()
+    assert parts.gains(pd.DataFrame(rows), names=("q",), base="none", n=20).empty
+    assert "parts_gains" in parts.tables(pd.DataFrame(rows), names=("q",), n=20)
+
+
+def test_a_robuster_system_is_told_by_paired_ratios():
+    weak = [{**line, "system": "base"} for line in perturbed_rows(ratio=0.6)]
+    strong = [{**line, "system": "NFT"} for line in perturbed_rows(ratio=0.8)]
+    table = parts.robustness(pd.DataFrame(weak + strong), "q", n=100).set_index(["system", "perturbation_type"])
+    assert table.loc["base", "gain"].isna().all()
+    ends = table.loc[("NFT", "space"), ["gain", "gain_low", "gain_high"]].tolist()
+    assert ends == pytest.approx([0.2] * 3)  # both lose the same share of every prompt: no width
+    assert table.loc[("NFT", "rewrite"), "gain"] == 0 and table.loc[("NFT", "overall"), "gain"] == pytest.approx(0.1)
+    other = [line for line in strong if line["id"] != "robustness_space_0"]
+    table = parts.robustness(pd.DataFrame(weak + other), "q", n=50)
+    assert table["gain"].isna().all()  # other prompts are no pairs
+
+
 def test_robustness_as_the_published_tool_computes_it():
     table = parts.robustness(pd.DataFrame(perturbed_rows(clean=False)), "q", baseline="published", n=50)
     # perturbed means: space 0.5, rewrite 0.25, all 0.375

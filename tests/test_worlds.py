@@ -78,6 +78,23 @@ def test_the_published_benchmark_gives_the_test_prompts(folder):
     assert [p["prompt_text"] for p in world.bench("accuracy", "validation", count=5)] == ["a bell rings"]
 
 
+def test_no_prompt_of_the_benchmark_is_trained_on(folder, capsys):
+    asked = {"id": "prompt_2401", "prompt_text": "Rain  falls.", "notes": "From train.csv, audiocap_id: 1"}
+    (folder / "bias_prompt.json").write_text(json.dumps([asked]))
+    found = world_of(folder, tta_bench=str(folder)).rl_prompts(10, seed=0)
+    assert sorted(p["prompt_text"] for p in found) == ["a dog barks", "a door shuts"]
+    assert "left out: 1 of 3 training prompts, which TTA-Bench asks too" in capsys.readouterr().out
+    listed = folder / "rl.jsonl"
+    listed.write_text('{"prompt": "rain falls"}\n')
+    with pytest.raises(ValueError, match="every training prompt is one of TTA-Bench's"):
+        world_of(folder, data={"prompt_list": str(listed)}, tta_bench=str(folder)).rl_prompts(10, seed=0)
+
+
+def test_recordings_are_measured_by_an_independent_model_first():
+    world = worlds.FolderWorld(worlds.DataConfig(folder="x", captions="y"), sample_rate=8000, seconds=2.0)
+    assert worlds.measured(world, {"reward": 1, "ms_clap": 1}) == ("ms_clap", "reward")
+
+
 def test_the_embedded_world_knows_its_events():
     world = worlds.open_world("smoke")
     assert world.knows_events and world.metrics[0] == "exact"

@@ -1,8 +1,8 @@
 """Versions of the suite against each other: what differs in their configurations, and their benchmark rows system by system.
 
-Rows are read from `metrics/tta_rows.csv` of every seed (notebook 06). Where two versions share clips (the same prompt from
-the same noise, in the same setting) the difference is paired; else each side keeps its own prompts, and the interval
-is wider.
+Rows are read from `metrics/tta_rows.csv` and `tta_parts_rows.csv` of every seed (notebook 06). Where two versions share clips
+(the same prompt from the same noise, in the same setting) the difference is paired; else each side keeps its own prompts, and
+the interval is wider.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ def compare(rows: Mapping[str, pd.DataFrame], metric: str = "exact", *, n: int =
     lines = []
     for setting, old in rows[first].groupby("setting", sort=False):
         found, about = {}, {}
+        there = {other: set(table[table["setting"] == setting]["system"]) for other, table in rows.items()}
+        shared = {other: [name for name in old["system"].unique() if name in there[other]] for other in others}
+        drawn = stats.resamples(n, sum(map(len, shared.values())))
         for other in others:
             new = rows[other][rows[other]["setting"] == setting]
-            for system in [name for name in old["system"].unique() if name in set(new["system"])]:
+            for system in shared[other]:
                 sides = [table[table["system"] == system] for table in (new, old)]
-                found[system, other], about[system, other] = _compared(*sides, metric, n=n, seed=seed)
+                found[system, other], about[system, other] = _compared(*sides, metric, n=drawn, seed=seed)
         for (system, other), claim in report.corrected(found).items():
             line = {"setting": setting, "system": system, "version": other} | about[system, other]
             line |= claim.found.gain.columns("gain") | {"p": claim.found.p, "p_holm": claim.p, "effect": claim.found.effect}
@@ -94,10 +97,11 @@ def _compared(new: pd.DataFrame, old: pd.DataFrame, metric: str, *, n: int, seed
     pair = _shared(new, old)
     if pair is not None:
         new, old = pair
-        found = stats.compare(*metrics.parts(new, metric), *metrics.parts(old, metric), new["id"], new["seed"], n=n, seed=seed)
+        both = (*metrics.parts(new, metric), *metrics.parts(old, metric))
+        found = stats.compare(*both, metrics.families(new), new["seed"], n=n, seed=seed)
         clips = f"paired: {new['id'].nunique()} prompts, {_seeds(new)}"
     else:
-        sides = [(*metrics.parts(side, metric), side["id"], side["seed"]) for side in (new, old)]
+        sides = [(*metrics.parts(side, metric), metrics.families(side), side["seed"]) for side in (new, old)]
         found = stats.compare_apart(*sides, n=n, seed=seed)
         clips = " against ".join(f"{side['id'].nunique()} prompts, {_seeds(side)}" for side in (new, old))
         clips = f"unpaired: {clips}"
@@ -147,10 +151,16 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _rows(folder: Path) -> pd.DataFrame | None:
+    """The benchmark's rows of a version; those of its other parts under settings of their own ("guidance 1, robustness")."""
     try:
-        return versions.read_rows(folder)
+        rows = versions.read_rows(folder)
     except FileNotFoundError:
         return None
+    try:
+        others = versions.read_rows(folder, "tta_parts_rows")
+    except FileNotFoundError:
+        return rows
+    return pd.concat([rows, others.assign(setting=others["setting"] + ", " + others["part"])], ignore_index=True)
 
 
 def _seconds(runs: Mapping[str, dict[str, Any]]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from resonate_lib import audio as audio_io
+from resonate_lib.data import prompts
 from resonate_lib.evaluation import stats
 from resonate_lib.evaluation.embedders import Clips
 
@@ -31,16 +32,6 @@ def event_f1(tp, fp, fn) -> float:
     """
     top, bottom = _f1_parts(np.asarray(tp, float), np.asarray(fp, float), np.asarray(fn, float))
     return _ratio(top, bottom)
-
-
-def exact_match(exact) -> float:
-    """Share of clips whose heard multiset of events is the asked one with the right relation; exact (M,) of 0 and 1."""
-    return _ratio(*_mean_parts(np.asarray(exact, float)))
-
-
-def order_accuracy(order) -> float:
-    """Share of clips with the asked order, among those where an order was asked; order (M,), nan where none was."""
-    return _ratio(*_mean_parts(np.asarray(order, float)))
 
 
 def _f1_parts(tp, fp, fn) -> Parts:
@@ -97,6 +88,12 @@ DEFAULT = (
 def parts(rows: pd.DataFrame, metric: str) -> Parts:
     """Numerator and denominator (M,) of a metric for each row; a name not in RATIOS is the mean of that column."""
     return RATIOS[metric](rows) if metric in RATIOS else _mean_parts(_column(rows, metric))
+
+
+def families(rows: pd.DataFrame) -> list[str]:
+    """What is resampled of each row: the unperturbed prompt where several rows stem from one (robustness), else the prompt."""
+    notes = rows["notes"] if "notes" in rows else [""] * len(rows)
+    return [prompts.original_id(name, note) or name for name, note in zip(rows["id"], notes, strict=True)]
 
 
 def measure(rows: pd.DataFrame, metric: str, *, n: int = 2000, seed: int = 0) -> stats.Interval:

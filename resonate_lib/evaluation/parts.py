@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from resonate_lib.data import prompts
-from resonate_lib.evaluation import metrics
+from resonate_lib.evaluation import metrics, report, stats
+from resonate_lib.evaluation.resampling import divide
 
 KEYS = ["setting", "system"]
 BY = {
@@ -48,7 +49,8 @@ SCOPE = {
     "fairness": "Measured: how far mean quality differs between prompts about kinds of speakers. The prompts differ in more than "
     "the speaker, so a gap is a pointer, not a cause; and whether the voice that is heard is the one that was asked is not "
     "looked at.",
-    "bias": "Measured: quality of clips for prompts that name no gender, by where the prompt comes from. Not measured: the bias "
+    "bias": "Measured: quality of clips for prompts that name no gender, by where the prompt comes from; nearly half of them are "
+    "captions of AudioCaps' training clips, which a base model trained there has met. Not measured: the bias "
     "itself, that is which gender, age or accent is heard where none was asked; that needs listeners, or a classifier of "
     "voices with biases of its own.",
     "toxicity": "Measured: quality of clips for prompts that ask for harmful sound, by category. High quality means that the "
@@ -64,7 +66,7 @@ def by_part(rows: pd.DataFrame, *, names: Sequence[str], n: int = 2000, seed: in
     perturbations of a prompt stand and fall together.
     """
     known = rows[rows["part"].isin(BY)]
-    known = _sorted(known.assign(id=_families(known)), ["part"])
+    known = _sorted(known.assign(id=metrics.families(known)), ["part"])
     return metrics.summarise(known, [*KEYS, "part"], metrics=names, n=n, seed=seed)
 
 
@@ -84,8 +86,37 @@ def within(rows: pd.DataFrame, part: str, *, names: Sequence[str], n: int = 2000
     return metrics.summarise(_sorted(chosen, BY[part]), [*KEYS, *BY[part]], metrics=names, n=n, seed=seed)
 
 
+def gains(rows: pd.DataFrame, *, names: Sequence[str], base: str = report.BASE, n: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """How much better every system is than `base` in each part: paired by prompt and noise (`report.compared`).
+
+    One line per setting, metric, part and system: gain, gain_low, gain_high, p, p_holm (over all parts and systems of a setting
+    and metric), effect, t, t_low, t_high (over seeds), shown (1, 0, -1: `report.Claim`), prompts. Empty without `base`, and where
+    no other system has been measured on its prompts.
+    """
+    known, lines = _sorted(rows[rows["part"].isin(BY)], ["part"]), []
+    for setting, peers in known.groupby("setting", sort=False):
+        for name in names:
+            found = {
+                (part, system): report.compared(asked, system, base, metric=name, n=n, seed=seed)
+                for part, asked in peers.groupby("part", sort=False)
+                for system in asked["system"].unique()
+                if system != base and base in set(asked["system"])
+            }
+            for (part, system), claim in report.corrected(found).items():
+                line = {"setting": setting, "metric": name, "part": part, "system": system} | claim.found.gain.columns("gain")
+                line |= {"p": claim.found.p, "p_holm": claim.p, "effect": claim.found.effect} | claim.found.t.columns("t")
+                lines.append(line | {"shown": claim.side, "prompts": claim.found.prompts})
+    return pd.DataFrame(lines)
+
+
 def robustness(
-    rows: pd.DataFrame, metric: str, *, baseline: str = "unperturbed", n: int = 2000, seed: int = 0
+    rows: pd.DataFrame,
+    metric: str,
+    *,
+    baseline: str = "unperturbed",
+    base: str = report.BASE,
+    n: int = 2000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Quality under each perturbation over quality without it, then the mean of these ("overall"), per setting and system.
 
@@ -94,27 +125,38 @@ def robustness(
     are left out. "published" divides by the mean over all perturbed prompts, as TTA-Bench's tool does: that compares
     perturbations with each other, and cannot tell whether anything was lost. Both sides are resampled together, by
     unperturbed prompt. nan where the baseline is 0; overall leaves nan out. n counts perturbed clips, prompts unperturbed ones.
+    gain, gain_low, gain_high: the ratio less that of the system `base`, from the same draws; nan for `base` itself, where it is
+    absent and where it was asked other prompts. These are exploratory: no correction for their number.
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r}: use one of {', '.join(BASELINES)}")
-    lines = []
+    lines, drawn_of = [], {}
     for key, group in rows.groupby(KEYS, sort=False):
         if not (group["part"] == "robustness").any():
             continue
-        both = BASELINES[baseline](group, _of_part(group, "robustness").assign(family=_families))
+        both = BASELINES[baseline](group, _of_part(group, "robustness").assign(family=metrics.families))
         perturbed = ~both["clean"]
         kinds = [name for name in prompts.PERTURBATION_TYPES if name in set(both["perturbation_type"])]
         masks = [both["perturbation_type"] == kind for kind in kinds]
         sides = [perturbed & mask for mask in masks] + [both["clean"] & mask for mask in masks]
         draws = _draws(both, metric, sides, both["family"], n=n, seed=seed)
-        ratios = _divide(draws[:, : len(kinds)], draws[:, len(kinds) :])
+        ratios = divide(draws[:, : len(kinds)], draws[:, len(kinds) :])
         ratios = np.column_stack([ratios, _nan_mean(ratios)])
+        asked = frozenset(zip(both["id"], both["perturbation_type"], both["seed"], both["clean"], strict=True))
         for kind, side, drawn in zip([*kinds, OVERALL], [*sides[: len(kinds)], perturbed], ratios.T, strict=True):
             counts = _counts(both[side], metric, "family")
+            drawn_of[*key, kind] = drawn, asked
             lines.append((*key, kind, f"{metric}_ratio", *_interval(drawn, counts[1]), *counts))
     if not lines:
         raise ValueError("no rows of the part robustness: evaluate its prompts first")
-    return pd.DataFrame(lines, columns=[*KEYS, "perturbation_type", *metrics.SUMMARY_COLUMNS])
+    table = pd.DataFrame(lines, columns=[*KEYS, "perturbation_type", *metrics.SUMMARY_COLUMNS])
+    found = []
+    for setting, system, kind, prompts_heard in table[[*KEYS, "perturbation_type", "prompts"]].itertuples(index=False):
+        (drawn, asked), (other, others) = drawn_of[setting, system, kind], drawn_of.get((setting, base, kind), (None, None))
+        paired = system != base and asked == others
+        found.append(_interval(drawn - other, prompts_heard) if paired else (np.nan,) * 3)
+    table[["gain", "gain_low", "gain_high"]] = found
+    return table
 
 
 def _published(group: pd.DataFrame, perturbed: pd.DataFrame) -> pd.DataFrame:
@@ -151,7 +193,8 @@ def fairness(rows: pd.DataFrame, metric: str, *, n: int = 2000, seed: int = 0) -
     dealt at random among the prompts, p the share of such deals with this score or more. For the same reason a percentile
     interval misses small gaps (coverage 0 to 0.8 in simulations). Here it is the upper percentile, the prompts of each attribute
     resampled, and as far below the score as that is above it; from 0 where p is above 0.05. In simulations of 25 to 50
-    prompts an attribute it covered gaps of 0 to 40 in 0.92 to 0.97 of cases.
+    prompts an attribute it covered gaps of 0 to 40 in 0.92 to 0.97 of cases. p_holm: corrected over all systems and groups of
+    speakers of a setting. Two systems' scores are not compared: a difference of sums of absolute values has no such interval.
     """
     lines = []
     for key, group in _of_part(rows, "fairness").groupby(KEYS, sort=False):
@@ -169,15 +212,17 @@ def fairness(rows: pd.DataFrame, metric: str, *, n: int = 2000, seed: int = 0) -
             low = np.nan if np.isnan(high) else 0.0 if p > 0.05 else max(0.0, 2 * score - high)
             counts = _counts(chosen, metric, "id")
             lines.append((*key, speakers, f"{metric}_gap", score, low, high, *counts, float(chance.mean()), float(p)))
-    return pd.DataFrame(lines, columns=[*KEYS, "speakers", *metrics.SUMMARY_COLUMNS, "chance", "p"])
+    table = pd.DataFrame(lines, columns=[*KEYS, "speakers", *metrics.SUMMARY_COLUMNS, "chance", "p"])
+    return table.assign(p_holm=table.groupby("setting")["p"].transform(stats.holm))
 
 
 def tables(rows: pd.DataFrame, *, names: Sequence[str], n: int = 2000, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """Every table that these rows allow: "parts", each part by its name, "robustness_ratio" (against unperturbed prompts where
-    the rows have them) and "fairness_score", for all metrics of `names`."""
+    """Every table that these rows allow: "parts", "parts_gains", each part by its name, "robustness_ratio" (against unperturbed
+    prompts where the rows have them) and "fairness_score", for all metrics of `names`."""
     options = {"n": n, "seed": seed}
     there = [part for part in BY if part in set(rows["part"])]
-    found = {"parts": by_part(rows, names=names, **options)} if there else {}
+    found = {"parts": by_part(rows, names=names, **options), "parts_gains": gains(rows, names=names, **options)} if there else {}
+    found = {name: table for name, table in found.items() if len(table)}
     found |= {part: within(rows, part, names=names, **options) for part in there}
     if "robustness" in there and {"clean", "accuracy"} & set(rows["part"]):
         found["robustness_ratio"] = pd.concat([robustness(rows, name, **options) for name in names], ignore_index=True)
@@ -195,12 +240,6 @@ def _of_part(rows: pd.DataFrame, part: str) -> pd.DataFrame:
     if column not in found:
         raise ValueError(f"rows without a column {column!r} were made by an older notebook 06: run it again")
     return found
-
-
-def _families(rows: pd.DataFrame) -> list[str]:
-    """The unit that is resampled: the unperturbed prompt where several rows stem from one, else the prompt."""
-    notes = rows["notes"] if "notes" in rows else [""] * len(rows)
-    return [prompts.original_id(name, note) or name for name, note in zip(rows["id"], notes, strict=True)]
 
 
 def _origin(notes: str) -> str:
@@ -239,7 +278,7 @@ def _draws(rows, metric: str, masks, units, strata=None, *, n: int, seed: int) -
         return ((by_unit @ table) * by_level).sum(axis=1)
 
     chosen = [np.asarray(mask)[known] for mask in masks]
-    return np.column_stack([_divide(total(top, mask), total(bottom, mask)) for mask in chosen])
+    return np.column_stack([divide(total(top, mask), total(bottom, mask)) for mask in chosen])
 
 
 def _weights(strata: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -260,24 +299,20 @@ def _dealt(rows: pd.DataFrame, metric: str, *, n: int, seed: int) -> np.ndarray:
     labels = pd.factorize(prompt["notes"])[0]
     deals = np.random.default_rng([seed, 1]).permuted(np.tile(labels, (n, 1)), axis=1)
     tops, bottoms = prompt["top"].to_numpy(), prompt["bottom"].to_numpy()
-    return np.column_stack([_divide((deals == i) @ tops, (deals == i) @ bottoms) for i in range(labels.max() + 1)])
+    return np.column_stack([divide((deals == i) @ tops, (deals == i) @ bottoms) for i in range(labels.max() + 1)])
 
 
 def _gaps(means: np.ndarray) -> np.ndarray:
     """`ttabench.fairness_score` of every line of means (lines, attributes)."""
     pairs = [means[:, list(pair)] for pair in combinations(range(means.shape[1]), 2)]
     gaps = [
-        np.where(pair.max(1) <= 0, 0.0, 100 * _divide(np.abs(np.subtract(*pair.T)), pair.max(1))) for pair in pairs
+        np.where(pair.max(1) <= 0, 0.0, 100 * divide(np.abs(np.subtract(*pair.T)), pair.max(1))) for pair in pairs
     ]
     return np.mean(gaps, axis=0)
 
 
-def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=np.asarray(bottom) != 0)
-
-
 def _nan_mean(values: np.ndarray) -> np.ndarray:
-    return _divide(np.nansum(values, axis=1), np.isfinite(values).sum(axis=1).astype(float))
+    return divide(np.nansum(values, axis=1), np.isfinite(values).sum(axis=1).astype(float))
 
 
 def _interval(draws: np.ndarray, units: int) -> tuple[float, float, float]:

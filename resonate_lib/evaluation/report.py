@@ -72,7 +72,7 @@ def compared(
         )
     left, right = (side.loc[common].reset_index() for side in sides)
     return stats.compare(
-        *metrics.parts(left, metric), *metrics.parts(right, metric), left["id"], left["seed"], n=n, seed=seed
+        *metrics.parts(left, metric), *metrics.parts(right, metric), metrics.families(left), left["seed"], n=n, seed=seed
     )
 
 
@@ -114,6 +114,7 @@ def claims(
     pairs = [(system, own[system]) for system in systems if own.get(system) in systems]
     if not isinstance(base, Mapping):
         pairs += [pair for pair in (*product(ONLINE, OFFLINE), *BY_REWARD) if set(pair) <= set(systems)]
+    n = stats.resamples(n, len(pairs))
     return corrected({pair: compared(rows, *pair, metric=metric, n=n, seed=seed) for pair in pairs})
 
 

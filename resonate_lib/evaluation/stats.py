@@ -88,7 +88,7 @@ def bootstrap_ratio(
 ) -> Interval:
     """sum(numerator) / sum(denominator), both (M,), with the same bootstrap: micro F1 is 2·tp over 2·tp + fp + fn.
 
-    A share of exactly 0 or 1 has no spread to draw from: its interval is Wilson's over the prompts.
+    A ratio of exactly 0 or 1 in every prompt has no spread to draw from: its interval is Wilson's over the prompts, as of a share.
     """
     top, bottom = finite(numerator, denominator)
     tops, bottoms = sum_tables((top, bottom), groups, seeds)
@@ -124,7 +124,10 @@ def compare(
     """Two ratios of sums over the same prompts and noise, a - b; all inputs (M,), a mean has ones below.
 
     groups, seeds: as in `bootstrap_mean`; both sides of a pair share their prompt, so its difficulty cancels. p is never below
-    2 / (n + 1), so with m comparisons n must be above 40 m for any of them to pass `holm` at 0.05.
+    2 / (n + 1), so with m comparisons n must be above 40 m for any of them to pass `holm` at 0.05: `resamples`. Where both are
+    shares and no prompt tells them apart there is no spread to draw from, but a pair that differs may only not have come by: the
+    interval reaches as far as Wilson's does for none of so many prompts. (With a gain of 0.01 and 100 prompts that is one set in
+    three, and without it 0.61 of the intervals held the truth.)
     """
     tables = paired_tables(top_a, bottom_a, top_b, bottom_b, groups, seeds)
     sums = resampled(tables, n=n, seed=seed)
@@ -134,8 +137,12 @@ def compare(
     scores = prompt_scores(*tables[:2]) - prompt_scores(*tables[2:])
     by_seed = rates_by_seed(*tables[:2]) - rates_by_seed(*tables[2:])
     deviation = _deviation(scores)
+    gain = _interval(point, samples, prompts, confidence)
+    if prompts > 1 and point == 0 and all(np.array_equal(*pair) for pair in (tables[::2], tables[1::2])) and _is_share(tables):
+        far = wilson(0, prompts, confidence=confidence).high
+        gain = Interval(0.0, -far, far)
     return Comparison(
-        gain=_interval(point, samples, prompts, confidence),
+        gain=gain,
         p=_p_value(samples, prompts),
         effect=_effect(float(point), deviation),
         t=t_interval(by_seed, confidence=confidence) if np.isfinite(by_seed).sum() > 1 else Interval(NAN, NAN, NAN),
@@ -169,6 +176,11 @@ def compare_apart(a: tuple, b: tuple, *, n: int = 2000, seed: int = 0, confidenc
         seeds=max(int(np.isfinite(each).sum()) for each in by_seed),
         deviation=both,
     )
+
+
+def resamples(n: int, comparisons: int) -> int:
+    """n, or as many as it takes for one of so many comparisons to pass `holm` at 0.05."""
+    return max(n, 41 * comparisons)
 
 
 def holm(p_values) -> np.ndarray:
@@ -259,6 +271,13 @@ def _score_interval(rate: float, total: float, z: float) -> Interval:
     half = z / (1 + z * z / total) * np.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
     # rounding would otherwise leave 1e-17 instead of the exact ends
     return Interval(rate, 0.0 if rate == 0 else float(centre - half), 1.0 if rate == 1 else float(centre + half))
+
+
+def _is_share(tables: list[np.ndarray]) -> bool:
+    """Whether the sums are counts out of counts: whole numbers, none above what it is divided by."""
+    tops, bottoms = tables[::2], tables[1::2]
+    whole = all((table == table.round()).all() and (table >= 0).all() for table in tables)
+    return whole and all((top <= bottom).all() for top, bottom in zip(tops, bottoms, strict=True))
 
 
 def _deviation(scores: np.ndarray) -> float:

@@ -164,7 +164,7 @@ def over_seeds(version, *, n: int = 2000) -> tuple[dict[str, pd.DataFrame], str,
     """
     rows = versions.read_rows(version)
     names = [name for name in (*metrics.HEADLINE, *metrics.FURTHER) if measured(rows, name)]
-    short = [name for name in (*EVENTS, "aqa", "clap") if name in names]
+    short = [name for name in (*EVENTS, "aqa", "ms_clap", "clap") if name in names]
     tables = {
         "tta_headline": report.headline_table(rows, names=names, n=n),
         "tta_by_count_and_relation": report.by_count_and_relation(rows, names=[n for n in (*short[:2], "order") if n in names]),

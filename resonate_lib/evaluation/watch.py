@@ -35,7 +35,7 @@ LONGEST = 8  # watches in a window
 FEWEST = 3  # prompts a watch hears; of fewer the scatter is not known, and nothing parts
 SIBLINGS = 4  # clips a prompt that are heard: prompts differ more than siblings do
 SILENCE = -70.0  # LUFS of a clip without any: the gate below which BS.1770 hears nothing
-SCORES = ("exact", "event_f1", "aqa", "clap", "CE", "CU", "PQ")  # higher is better
+SCORES = ("exact", "event_f1", "aqa", "ms_clap", "clap", "CE", "CU", "PQ")  # higher is better
 NOTED = (*SCORES, "PC", "loudness", "diversity")  # of production complexity neither end is better: no alarm
 BANDS, PARTS, FLOOR_DB = 32, 8, -60.0  # of the picture of a clip that diversity compares
 
@@ -78,17 +78,19 @@ class Watch:
         return {name: rows[name].to_numpy(float) for name in NOTED if name in rows and rows[name].notna().all()}
 
     def state_dict(self) -> dict:
+        """The rounds heard so far, for a training's state."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from the rounds of `state_dict`."""
         self.rows = list(state["rows"])
 
 
 def open_watch(world, run, config) -> Watch | None:
     """The watch over one training by a GRPOConfig, NFTConfig or DiffROConfig; None where its watch_every is 0.
 
-    Ears: the world's judge, else a second CLAP and a second audio language model where their sources are set, the latter only
-    from a server (beside a training there is no room for it); aesthetics where its source is set.
+    Ears: the world's judge, else MS-CLAP, a second CLAP and a second audio language model where their sources are set, the last
+    only from a server (beside a training there is no room for it); aesthetics where its source is set.
     """
     rounds = online.watched_rounds(config)
     if not rounds:
@@ -96,7 +98,7 @@ def open_watch(world, run, config) -> Watch | None:
     ears = world.judge(run)
     if not ears:
         served = resolve(RewardConfig, run.profile).lalm_eval_source.startswith("http")
-        ears = {"clap": worlds.second(run, "clap"), "aqa": worlds.second(run, "lalm") if served else None}
+        ears = {"ms_clap": run.ms_clap(), "clap": worlds.second(run, "clap"), "aqa": worlds.second(run, "lalm") if served else None}
     ears |= {"aesthetics": run.aesthetics()}
     return Watch({name: ear for name, ear in ears.items() if ear is not None}, watches=len(rounds))
 

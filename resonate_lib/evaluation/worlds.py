@@ -8,6 +8,7 @@ them. `FolderWorld`: recordings with captions and the published benchmark, where
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -73,11 +74,12 @@ class FolderWorld:
 
     Validation and test prompts are captions of those splits of the folder (`audio_folder.split_of`) unless TTA-Bench gives
     the part. Training prompts are those of `data.prompt_list`, else the training split's captions. A recording with several
-    captions is one clip, and one prompt by its first.
+    captions is one clip, and one prompt by its first. Where TTA-Bench is given no training prompt has the text of one of its own:
+    136 of the 300 of its part bias are captions of AudioCaps' train.csv.
     """
 
     knows_events = False
-    metrics = ("aqa", "clap", "reward")
+    metrics = ("aqa", "ms_clap", "clap", "reward")
 
     def __init__(self, data: DataConfig, *, sample_rate: int, seconds: float, tta_bench: str = ""):
         if not data.folder or not data.captions:
@@ -97,6 +99,7 @@ class FolderWorld:
         return found
 
     def corpus(self, split: str, *, seed: int) -> LazyCorpus:
+        """Clips of a split; seed, the embedded world's, is not looked at."""
         return LazyCorpus(self.of_split(split), sample_rate=self.sample_rate, seconds=self.seconds)
 
     def clips(self, split: str, count: int, *, seed: int) -> LazyCorpus:
@@ -104,14 +107,20 @@ class FolderWorld:
         return self.corpus(split, seed=seed).first(count)
 
     def rl_prompts(self, count: int, *, seed: int) -> list[dict]:
-        """All training prompts, as published, or `data.rl_prompts` of them; count, the embedded world's, is not looked at."""
+        """All training prompts, as published, or `data.rl_prompts` of them; count, the embedded world's, is not looked at. Those
+        with the text of a prompt of TTA-Bench are left out, and counted aloud."""
         listed = self.data.prompt_list
         found = prompts.read_prompts(listed) if listed else prompts.caption_prompts(self.of_split("train"))
         held = {text for record in self.records if audio_folder.split_of(record) != "train" for text in record["captions"]}
         if shared := sum(record["prompt_text"] in held for record in found) if listed else 0:
             raise ValueError(f"{listed}: {shared} of its prompts are captions of the validation or test split of "
                              f"{self.data.captions}; take them out, else what is trained on is tested on")
-        return _some(found, self.data.rl_prompts or len(found), f"rl/{seed}")
+        kept = [record for record in found if _plain(record["prompt_text"]) not in self._tested]
+        if len(kept) < len(found):
+            print(f"left out: {len(found) - len(kept)} of {len(found)} training prompts, which TTA-Bench asks too")
+        if not kept:
+            raise ValueError("every training prompt is one of TTA-Bench's: give other recordings or another prompt_list")
+        return _some(kept, self.data.rl_prompts or len(kept), f"rl/{seed}")
 
     def bench(self, part: str = "accuracy", split: str = "test", *, count: int, seed: int = 0) -> list[dict]:
         """Parts other than accuracy are empty without TTA-Bench."""
@@ -135,6 +144,13 @@ class FolderWorld:
         return {kind: {"caption": caption} for kind, caption in self.wrong_captions(record, rng).items()}
 
     @cached_property
+    def _tested(self) -> set[str]:
+        """The plain texts of all prompts in TTA-Bench's files that are there."""
+        files = prompts.TTA_BENCH_FILES if self.tta_bench else {}
+        there = [part for part, name in files.items() if (Path(self.tta_bench) / name).is_file()]
+        return {_plain(record["prompt_text"]) for part in there for record in prompts.load_tta_bench(self.tta_bench, part)}
+
+    @cached_property
     def _captions(self) -> list[str]:
         return list(dict.fromkeys(record["caption"] for record in self.records))
 
@@ -147,6 +163,11 @@ class FolderWorld:
         if not records or not all("audio_path" in record for record in records):
             return None
         return audio_folder.load_audio(records, sample_rate=self.sample_rate, seconds=self.seconds)
+
+
+def _plain(text: str) -> str:
+    """A prompt without case, punctuation and double spaces, to tell whether two are one."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def previews(profile: str, count: int, *, seed: int) -> list[dict]:
