@@ -144,6 +144,8 @@ def generate_command(options: argparse.Namespace) -> int:
         raise ValueError(
             f"steps={options.steps}, guidance={options.guidance}: use 1 or more steps and guidance from 0 to 20"
         )
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"seed={options.seed}: use a whole number from 0 to 2**63 - 1")
     if not options.prompt.strip():
         raise ValueError('the prompt is empty: describe a sound, such as "a dog barks, followed by rain"')
     suffix = Path(options.out).suffix.lower()

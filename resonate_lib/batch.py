@@ -82,8 +82,9 @@ def make_plan(request: Request, *, folder: str | os.PathLike | None = None, resu
 
     Says on standard error which parameters reach several notebooks.
     """
-    if not request.seeds or len(set(request.seeds)) < len(request.seeds) or min(request.seeds) < 0:
-        raise ValueError(f"seeds {list(request.seeds)}: give different whole numbers from 0 up")
+    given = request.seeds
+    if not given or len(set(given)) < len(given) or not 0 <= min(given) <= max(given) < 2**31:
+        raise ValueError(f"seeds {list(request.seeds)}: give different whole numbers from 0 to {2**31 - 1}")
     notebooks_path = notebooks_dir(folder)
     params_dir = Path(os.environ.get("RESONATE_PARAMS") or notebooks_path / "params").resolve()
     resolved = config.resolve_all(request.profile, params_dir)
@@ -130,6 +131,13 @@ def _check_data(resolved: dict[str, Any], request: Request, from_path: Path | No
                 f"-p {empty[0]} ..., or leave it out with --only {rest}"
             )
         return
+    if data["captions"] and not data["folder"]:
+        raise ValueError(f"captions={data['captions']!r} without a folder: add -p folder DIR, where its recordings lie")
+    from resonate_lib.data import scenes
+
+    for name, value in {"seconds": scenes.SECONDS, "sample_rate": scenes.SAMPLE_RATE}.items():
+        if resolved["suite"][name] != value:
+            raise ValueError(f"{name}={resolved['suite'][name]:g}: the embedded world's scenes have {value:g}; leave it out")
     if not later:
         return
     if data["folder"]:
@@ -227,6 +235,8 @@ def resume(
     waiting = _waiting(plan, run)
     _require_space(plan, root, len({seed for _, _, seed, _ in waiting}))
     _check_published(plan, sorted({number for _, number, _, _ in waiting}), version)
+    if versions.read(version)["status"] == "RUNNING":  # someone else was as quick: the checks above take a while
+        raise ValueError(f"{version.name} is running now: wait for it or stop it")
     run.update(status="RUNNING", exit_reason="", runner=record.this_process())
     run["resumed"].append({"at": now(), "git": record.git_state(CHECKOUT)})
     record.write_json(version / "run.json", run)

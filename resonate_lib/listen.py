@@ -348,7 +348,8 @@ def _read_answers(path: Path) -> list[dict]:
         try:
             answer = json.loads(line)
             complete = {"trial", "a", "b", "preferred"} <= set(answer) and _time(answer) is not None
-        except (ValueError, TypeError):  # no JSON, no dict, no time
+            complete &= answer["preferred"] in (answer["a"], answer["b"], "tie") and isinstance(answer["a"] + answer["b"], str)
+        except (ValueError, TypeError, KeyError):  # no JSON, no dict, no time, something missing
             complete = False
         if not complete:
             raise ValueError(f"{path}, line {number}: not an answer with trial, a, b, preferred (and an ISO time); remove the line")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,9 +38,19 @@ def judges(spec: str) -> set[str]:
 
 
 def check(spec: str) -> None:
-    """Raise ValueError for a name that is none, a file that is not there or has no such function; nothing is executed."""
-    for _, name in terms(spec):
+    """Raise ValueError for a name that is none or stands twice, a weight that is 0 or no number, a module or file that is not there
+    or a file without such a function; nothing is executed."""
+    found = terms(spec)
+    names = [name for _, name in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"reward={spec!r}: a reward stands in it twice; add up its weights")
+    for weight, name in found:
+        if not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"reward={spec!r}: the weight of {name} is {weight:g}; write a number other than 0, or leave it out")
         where, _, function = name.rpartition(":")
+        module = where.split(".")[0]
+        if where and not where.endswith(".py") and (not module.isidentifier() or importlib.util.find_spec(module) is None):
+            raise ValueError(f"reward={spec!r}: no module {where!r} here; give a file as 'path/to/file.py:{function}'")
         if where.endswith(".py"):
             offered = _names(Path(where).expanduser(), spec)
             if function not in offered and "*" not in offered:

@@ -80,7 +80,8 @@ def allocate(profile: str, payload: Any, results: Path) -> Path:
 
 
 def find(version: str | os.PathLike, results: str | os.PathLike | None = None) -> Path:
-    """The folder of a version given as path, full name, number (`3`, `0003`) or `latest`. Raises ValueError."""
+    """The folder of a version given as path, full name, number (`3`, `0003`) or `latest`. Raises ValueError, also for
+    a number that two folders have."""
     direct = Path(version)
     if (direct / "run.json").is_file():
         return direct.resolve()
@@ -90,10 +91,13 @@ def find(version: str | os.PathLike, results: str | os.PathLike | None = None) -
     text = str(version).rstrip("/").split("/")[-1]
     if text == "latest":
         return folders[-1]
-    for path in folders:
-        if path.name == text or (text.isdigit() and int(path.name.split("-")[0]) == int(text)):
-            return path
-    raise ValueError(unknown("version", text, [path.name for path in folders]))
+    named = [path for path in folders if path.name == text]
+    found = named or [path for path in folders if text.isdigit() and int(path.name.split("-")[0]) == int(text)]
+    if len(found) > 1:  # made apart and put together here
+        raise ValueError(f"version {text} is any of {', '.join(path.name for path in found)}: give the whole name")
+    if not found:
+        raise ValueError(unknown("version", text, [path.name for path in folders]))
+    return found[0]
 
 
 def read(version: Path) -> dict[str, Any]:
@@ -285,9 +289,12 @@ def _over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
     out = every[0].drop(
         columns=[name for name in every[0] if NO_MEAN.fullmatch(name) or (name in IDENTIFIERS and name not in agreed)]
     )
+    numeric = _numeric(out)
     owner = next((name for name, after in itertools.pairwise(every[0].columns) if after == "low"), None)  # whose ends low, high are
-    for name in _numeric(out):
-        if name in agreed:
+    columns = {}  # of the table with its new columns, in order
+    for name in out.columns:
+        columns[name] = out[name]
+        if name in agreed or name not in numeric:
             continue
         column = pd.concat([data[name] for data in every], axis=1)
         mean, deviation = column.mean(axis=1, skipna=False), column.std(axis=1, ddof=1, skipna=False)  # of all seeds or of none
@@ -295,8 +302,5 @@ def _over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
         stem = "" if name == owner else f"{name}_"
         ends = {f"{stem}low": mean - half, f"{stem}high": mean + half}
         told = set(ends) <= set(every[0]) or "step" not in every[0]
-        new = {**(ends if told else {}), f"{name}_std": deviation}
-        out[name], place = mean, out.columns.get_loc(name)
-        for offset, (key, values) in enumerate(new.items(), start=1):
-            out.insert(place + offset, key, values)
-    return out.assign(seeds=len(every))
+        columns |= {name: mean, **(ends if told else {}), f"{name}_std": deviation}
+    return pd.DataFrame(columns, index=out.index).assign(seeds=len(every))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resonate_lib import __main__ as cli
-from resonate_lib import audio, batch, kernel, seeds, versions
+from resonate_lib import audio, batch, kernel, record, seeds, versions
 from resonate_lib.batch import Request
 
 PARAMETERS = 'profile: str = "tiny"\nseed: int = 0\nrun: str = None  # run folder\nsteps: int = None  # rounds\n'
@@ -113,12 +113,19 @@ def test_same_seed_twice_gives_the_same_metrics_and_seeds_are_summed_up(folder):
         (["-p", "reward", "clpa"], "no reward 'clpa' (nearest: 'clap')"),
         (["-p", "reward", "0.5*clap+lalmm"], "no reward 'lalmm' (nearest: 'lalm')"),
         (["-p", "reward", "x*clap"], "'x' is not a number"),
+        (["-p", "reward", "nan*clap"], "the weight of clap is nan"),
+        (["-p", "reward", "0*clap+lalm"], "the weight of clap is 0"),
+        (["-p", "reward", "clap+clap"], "stands in it twice"),
+        (["-p", "reward", "no_such_module.part:score"], "no module 'no_such_module.part' here"),
+        (["-p", "suite.seconds", "5"], "the embedded world's scenes have 4"),
+        (["-p", "data.captions", "x.csv"], "captions='x.csv' without a folder"),
         (["-p", "reward", f"{__file__}:recrod_of"], "no function 'recrod_of' (nearest: 'record_of')"),
         (["-p", "profile", "tinny"], "unknown profile 'tinny'; did you mean 'tiny'"),
         (["--profile", "tinny"], "unknown profile"),
         (["--only", "05"], "unknown notebook '05'; did you mean '04'"),
         (["--seed", "0", "0"], "give different whole numbers"),
         (["--seed", "x"], "not a whole number"),
+        (["--seed", str(2**40)], "give different whole numbers from 0 to 2147483647"),
         (["--from", "7"], "no versions"),
         (["--resume", "7"], "no versions"),
     ],
@@ -356,6 +363,21 @@ def test_resume_runs_what_is_not_done(folder, capsys):
     assert (version / "count.txt").read_text() == "03 04 " and not (version / ".state").exists()
 
 
+def test_two_that_resume_at_once_do_not_both_run(folder, monkeypatch):
+    write_notebook(folder, "04_a.ipynb", "raise ValueError('no')")
+    version, _ = batch.start(Request())
+    real = batch._require_space
+
+    def meanwhile(*arguments):
+        run = json.loads((version / "run.json").read_text())
+        record.write_json(version / "run.json", run | {"status": "RUNNING", "runner": record.this_process()})
+        real(*arguments)
+
+    monkeypatch.setattr(batch, "_require_space", meanwhile)
+    with pytest.raises(ValueError, match="is running now"):
+        batch.resume(version.name)
+
+
 def test_resume_refuses_a_changed_configuration(folder, capsys):
     write_notebook(folder, "04_a.ipynb", "1 / 0")
     version, _ = batch.start(Request())
@@ -391,7 +413,8 @@ def test_the_benchmark_over_seeds_pools_their_rows(folder):
     write_notebook(folder, "06_a.ipynb", OPEN, "\n".join(line.removeprefix("    ") for line in rows.splitlines()))
     version, run = batch.start(Request(seeds=(0, 1), overrides={}))
     assert run["status"] == "DONE", run["exit_reason"]
-    names = ["by_count_and_relation", "by_kind", "headline", "words", "real_procedural", "parts", "accuracy", "generalization"]
+    names = ["by_count_and_relation", "by_kind", "headline", "words", "real_procedural", "parts", "parts_gains", "accuracy"]
+    names += ["generalization"]
     assert {path.stem.removeprefix("tta_") for path in (version / "metrics").glob("*.csv")} == set(names)
     groups = versions.read_table(version / "metrics" / "tta_by_count_and_relation.csv")
     assert set(groups["event_relation"]) == {"None"} and (groups["seeds"] == 2).all() and groups["low"].notna().all()
@@ -470,6 +493,7 @@ def recordings(tmp_path):
         ("audio_path,caption\ncut.wav,a hiss", "cut off before its stated end"),
         ("audio_path,caption\ngone.wav,a hiss", "no recording at"),
         ("audio_path,caption\n", "holds no entries"),
+        ("audio_path,caption\ngood.wav,a dog, then rain", "entry 1 has more cells than there are columns"),
         (None, "needs its caption file too"),
     ],
 )

@@ -279,6 +279,8 @@ def test_preference_rate_by_hand(tmp_path):
     assert listen.preference_rate([]).empty
     both = listen.preference_rate([*answers, answers[0] | {"question": "consistency"}]).set_index(["question", "system"])
     assert both.loc[("preference", "GRPO"), "wins"] == 8 and both.loc[("consistency", "GRPO"), "wins"] == 1
-    (tmp_path / "bad.jsonl").write_text('{"trial": 1}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: not an answer"):
-        listen.load_answers(tmp_path)
+    complete = {"trial": 1, "a": "x", "b": "y", "preferred": "y"}
+    for bad in ({"trial": 1}, complete | {"preferred": "z"}, complete | {"a": ["x"]}):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(bad) + "\n")
+        with pytest.raises(ValueError, match=r"bad.jsonl, line 1: not an answer"):
+            listen.load_answers(tmp_path)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import time
 
 import miniature_clap
@@ -73,6 +74,11 @@ def test_find(tmp_path):
         versions.find(first.name + "x", tmp_path)
     with pytest.raises(ValueError, match="no versions"):
         versions.find("1", tmp_path / "none")
+    other = second.with_name("0002-tiny-00000000")  # of another machine, put beside
+    shutil.copytree(second, other)
+    with pytest.raises(ValueError, match=r"version 2 is any of 0002-tiny-.*: give the whole name"):
+        versions.find("2", tmp_path)
+    assert versions.find(other.name, tmp_path) == other
 
 
 def test_a_running_version_whose_runner_is_gone_reads_interrupted(tmp_path):

@@ -53,6 +53,9 @@ def load_manifest(path, audio_directory=None) -> list[dict]:
             raise ValueError(f"{path}, entry {number}: found columns {', '.join(map(str, row))}; it needs `caption` and "
                              "`audio_path` (a file) or `audio_id` (a file name without its ending)")
         several = row.get("captions") or [caption]
+        texts = (caption, row.get("audio_path") or row["audio_id"], *([several] if isinstance(several, str) else several))
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}, entry {number}: captions and file names are texts; write them in quotes")
         records.append({**row, "caption": caption, "captions": [several] if isinstance(several, str) else several,
                         "audio_path": str(_find_audio(root, row, path, number))})
     if not records:
@@ -94,7 +97,12 @@ def rows(path):
                     raise ValueError(f"{path}, line {number}: got {type(row).__name__}, one JSON object a line is needed")
                 yield row
     elif path.suffix in (".csv", ".tsv"):
-        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+        for number, row in enumerate(table, 1):
+            if None in row:
+                raise ValueError(f"{path}, entry {number} has more cells than there are columns: put texts that hold the delimiter "
+                                 'in quotes ("a dog barks, followed by rain")')
+            yield row
     else:
         raise ValueError(f"{path}: unknown kind of caption file {path.suffix!r}; use .jsonl, .csv or .tsv")
 

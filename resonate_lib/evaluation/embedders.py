@@ -86,11 +86,6 @@ def event_phrases(records: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(re.sub(r" x\d+$", "", phrase).strip().lower() for phrase in listed))
 
 
-def judge_space(judge) -> Embedder:
-    """The independent judge's features, averaged over time (`Judge.hear`)."""
-    return Embedder("judge features", lambda *sound: judge.hear(_scene(*sound))[0])
-
-
 def judge_events(judge) -> Embedder:
     """The independent judge's logit of every event (`Judge.hear`)."""
     return Embedder(f"judge, {len(scenes.CLASSES)} events", lambda *sound: judge.hear(_scene(*sound))[1])
