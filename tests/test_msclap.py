@@ -293,16 +293,17 @@ def test_missing_parts_say_where_they_are_to_be_had(tmp_path, made, monkeypatch)
 
 
 def test_a_run_is_refused_before_it_starts(tmp_path, made, monkeypatch):
-    """Of profiles that name it, notebook 06 alone needs it."""
+    """Of profiles that name it, the notebooks need it that evaluate (06, 08) or watch a training (04, 05)."""
     settings = {"suite": {"weights": str(tmp_path)}, "eval": {"tta_bench": ""},
                 "reward": config.RewardConfig(clap_source="", lalm_source="", clap_eval_source="", lalm_eval_source="",
                                               msclap_source="microsoft/msclap").__dict__}  # fmt: skip
     monkeypatch.setattr(budget, "_used", lambda *_: iter(()))
     assert budget.parts(settings, ["06"], {}) == []
     monkeypatch.delenv(msclap.VARIABLE)
-    with pytest.raises(ValueError, match="doctor --msclap"):
-        budget.parts(settings, ["06"], {})
-    assert budget.parts(settings, ["05"], {}) == []
+    for number in ("04", "05", "06", "08"):
+        with pytest.raises(ValueError, match="doctor --msclap"):
+            budget.parts(settings, [number], {})
+    assert budget.parts(settings, ["02", "03", "07"], {}) == []
     for profile in ("paper", "small"):
         assert config.resolve_all(profile)["reward"]["msclap_source"] == "microsoft/msclap"
 
