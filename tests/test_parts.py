@@ -133,7 +133,11 @@ def test_gains_of_every_part_are_paired_and_corrected_together():
     assert table["gain"].to_dict() == pytest.approx({"accuracy": 0.3, "generalization": 0.0}, abs=0.01)
     assert table["shown"].to_dict()["accuracy"] == 1 and set(table["prompts"]) == {40}
     assert table["p_holm"].tolist() == stats.holm(table["p"]).tolist()
-    assert parts.gains(pd.DataFrame(rows), names=("q",), base="none", n=20).empty
+    without = pd.DataFrame([line for line in rows if line["system"] != "base"])
+    assert parts.gains(without, names=("q",), n=20).empty
+    many = [{**line, "system": f"NFT {k}"} for k in range(30) for line in rows if line["system"] == "NFT"]
+    table = parts.gains(pd.DataFrame([*rows, *many]), names=("q",), n=400)  # of 62 comparisons 400 resamples would show none
+    assert len(table) == 62 and (table[table["part"] == "accuracy"]["shown"] == 1).all()
     assert "parts_gains" in parts.tables(pd.DataFrame(rows), names=("q",), n=20)
 
 

@@ -86,21 +86,26 @@ def within(rows: pd.DataFrame, part: str, *, names: Sequence[str], n: int = 2000
     return metrics.summarise(_sorted(chosen, BY[part]), [*KEYS, *BY[part]], metrics=names, n=n, seed=seed)
 
 
-def gains(rows: pd.DataFrame, *, names: Sequence[str], base: str = report.BASE, n: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """How much better every system is than `base` in each part: paired by prompt and noise (`report.compared`).
+def gains(rows: pd.DataFrame, *, names: Sequence[str], n: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """How much better every system is than the base (`report.BASE`) in each part: paired by prompt and noise (`report.compared`).
 
     One line per setting, metric, part and system: gain, gain_low, gain_high, p, p_holm (over all parts and systems of a setting
-    and metric), effect, t, t_low, t_high (over seeds), shown (1, 0, -1: `report.Claim`), prompts. Empty without `base`, and where
+    and metric), effect, t, t_low, t_high (over seeds), shown (1, 0, -1: `report.Claim`), prompts. Empty without a base, and where
     no other system has been measured on its prompts.
     """
     known, lines = _sorted(rows[rows["part"].isin(BY)], ["part"]), []
     for setting, peers in known.groupby("setting", sort=False):
         for name in names:
-            found = {
-                (part, system): report.compared(asked, system, base, metric=name, n=n, seed=seed)
+            pairs = [
+                (part, system, asked)
                 for part, asked in peers.groupby("part", sort=False)
                 for system in asked["system"].unique()
-                if system != base and base in set(asked["system"])
+                if system != report.BASE and report.BASE in set(asked["system"])
+            ]
+            drawn = stats.resamples(n, len(pairs))
+            found = {
+                (part, system): report.compared(asked, system, report.BASE, metric=name, n=drawn, seed=seed)
+                for part, system, asked in pairs
             }
             for (part, system), claim in report.corrected(found).items():
                 line = {"setting": setting, "metric": name, "part": part, "system": system} | claim.found.gain.columns("gain")
@@ -110,13 +115,7 @@ def gains(rows: pd.DataFrame, *, names: Sequence[str], base: str = report.BASE, 
 
 
 def robustness(
-    rows: pd.DataFrame,
-    metric: str,
-    *,
-    baseline: str = "unperturbed",
-    base: str = report.BASE,
-    n: int = 2000,
-    seed: int = 0,
+    rows: pd.DataFrame, metric: str, *, baseline: str = "unperturbed", n: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """Quality under each perturbation over quality without it, then the mean of these ("overall"), per setting and system.
 
@@ -125,8 +124,8 @@ def robustness(
     are left out. "published" divides by the mean over all perturbed prompts, as TTA-Bench's tool does: that compares
     perturbations with each other, and cannot tell whether anything was lost. Both sides are resampled together, by
     unperturbed prompt. nan where the baseline is 0; overall leaves nan out. n counts perturbed clips, prompts unperturbed ones.
-    gain, gain_low, gain_high: the ratio less that of the system `base`, from the same draws; nan for `base` itself, where it is
-    absent and where it was asked other prompts. These are exploratory: no correction for their number.
+    gain, gain_low, gain_high: the ratio less that of the base (`report.BASE`), from the same draws; nan for the base itself, where
+    it is absent and where it was asked other prompts. These are exploratory: no correction for their number.
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r}: use one of {', '.join(BASELINES)}")
@@ -152,8 +151,8 @@ def robustness(
     table = pd.DataFrame(lines, columns=[*KEYS, "perturbation_type", *metrics.SUMMARY_COLUMNS])
     found = []
     for setting, system, kind, prompts_heard in table[[*KEYS, "perturbation_type", "prompts"]].itertuples(index=False):
-        (drawn, asked), (other, others) = drawn_of[setting, system, kind], drawn_of.get((setting, base, kind), (None, None))
-        paired = system != base and asked == others
+        (drawn, asked), (other, others) = drawn_of[setting, system, kind], drawn_of.get((setting, report.BASE, kind), (None, None))
+        paired = system != report.BASE and asked == others
         found.append(_interval(drawn - other, prompts_heard) if paired else (np.nan,) * 3)
     table[["gain", "gain_low", "gain_high"]] = found
     return table
