@@ -344,7 +344,9 @@ def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -
     for place, (key, number, seed, inner) in enumerate(waiting):
         path, folder = plan.notebooks[number], version / inner if inner else version
         folder.mkdir(exist_ok=True)
-        run["notebooks"][key] = {"status": "RUNNING", "started": now()}
+        earlier = run["notebooks"].get(key, {})  # of a resumed run: what was spent before its training went on
+        spent, peak = earlier.get("seconds", 0.0), earlier.get("peak_rss_mb", 0)
+        run["notebooks"][key] = {"status": "RUNNING", "started": now(), "seconds": spent, "peak_rss_mb": peak}
         record.write_json(version / "run.json", run)
         cells = len(nbformat.read(path, as_version=4).cells)
         expected = {later: _expected(plan, version, later) for later in plan.request.seeds}  # what is done by now included
@@ -359,8 +361,8 @@ def _jobs(plan: Plan, version: Path, run: dict[str, Any], watch: kernel.Watch) -
         run["notebooks"][key] = {
             "status": outcome.status,
             "started": run["notebooks"][key]["started"],
-            "seconds": round(outcome.seconds, 1),
-            "peak_rss_mb": round(outcome.peak_rss_mb),
+            "seconds": round(spent + outcome.seconds, 1),
+            "peak_rss_mb": max(peak, round(outcome.peak_rss_mb)),
             "exit_reason": outcome.reason,
             "notes": json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {},
         }

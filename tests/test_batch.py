@@ -356,10 +356,13 @@ def test_resume_runs_what_is_not_done(folder, capsys):
     )
     version, run = batch.start(Request(overrides={"steps": "3"}))
     assert run["status"] == "FAILED" and "first time" in run["exit_reason"] and (version / ".state").is_dir()
+    spent = run["notebooks"]["04_b"]["seconds"] = run["notebooks"]["04_b"]["seconds"] + 1000
+    record.write_json(version / "run.json", run)
     assert cli.main(["run", "--resume", version.name]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(version)
     run = record_of(folder)
     assert run["status"] == "DONE" and len(run["resumed"]) == 1
+    assert spent < run["notebooks"]["04_b"]["seconds"] < spent + 100  # both of its parts
     assert (version / "count.txt").read_text() == "03 04 " and not (version / ".state").exists()
 
 
