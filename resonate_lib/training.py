@@ -9,8 +9,10 @@ import os
 import shutil
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -52,10 +54,13 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
     """
     history, start, before = _restore(checkpoint, modules)
     began = told = saved = time.monotonic()
-    cost = 0.0
+    cost, lasted = 0.0, deque(maxlen=20)  # seconds of the last steps, without the first: it may hold what is made once
     for index in range(start, steps):
+        started = time.monotonic()
         history.append({"step": index, **step(index, step_generator(seed, index))})
         now = time.monotonic()
+        if index > start:
+            lasted.append(now - started)
         done = index + 1
         if checkpoint and (done == steps or _save_is_due(done % save_every == 0, now - saved, cost)):
             save_state(checkpoint, modules, history, done, before + now - began)
@@ -63,9 +68,9 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
             cost = saved - now
         if now - told > EVERY or done == steps:
             told = now
-            left = (now - began) / (done - start) * (steps - done)
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(history[-1].items())[1:6])
-            print(f"{label}: step {done}/{steps}  {numbers}  {clock(left)} left", flush=True)
+            left = f"  {clock(fmean(lasted or [0]) * (steps - done))} left" if lasted or done == steps else ""
+            print(f"{label}: step {done}/{steps}  {numbers}{left}", flush=True)
     return history
 
 

@@ -63,6 +63,18 @@ def test_a_state_is_written_as_often_as_its_size_allows(monkeypatch, tmp_path, s
     assert clock.written == written
 
 
+def test_the_time_left_is_that_of_the_steps_not_of_what_the_first_prepares(monkeypatch, capsys):
+    clock = Clock(monkeypatch, step=10.0, cost=0)
+
+    def step(index, generator):
+        clock.now += 1000.0 if index == 0 else 0.0
+        return clock()
+
+    training.fit(step, steps=4, modules={}, label="x")
+    told = [line.split("loss 0")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert told == ["", "0:20 left", "0:10 left", "0:00 left"]
+
+
 @pytest.mark.parametrize("place", ["cpu", "cuda:0"])
 def test_a_state_of_another_device_is_read_and_goes_on(monkeypatch, tmp_path, place):
     whole, want = toy()
