@@ -329,6 +329,27 @@ def test_a_failing_cell(folder, capsys):
     assert "no such luck" in executed.read_text()
 
 
+FORKS = """
+import os, time
+kept = os.urandom(2**20) * 300
+for _ in range(2):
+    if os.fork() == 0:
+        time.sleep(60)
+print("there", flush=True)
+time.sleep(60)
+"""
+
+
+def test_pages_that_a_forked_process_shares_are_counted_once():
+    before = kernel.resident_mb()
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == b"there\n"
+            assert 300 < kernel.resident_mb() - before < 450
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_a_killed_kernel_reads_as_killed(folder):
     write_notebook(folder, "04_a.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "print('never')")
     version, run = batch.start(Request())
