@@ -56,7 +56,7 @@ class RecognitionConfig(Config):
     eval_silence: int = knob(120, low=2)  # silent and noisy clips
     eval_long: int = knob(120, low=2)  # long utterances
     bootstrap: int = knob(2000, low=100)  # resamples of the 95 % interval
-    supervised_steps: int = knob(2000, low=1)  # of the supervised start where it is trained here; 5,000 leave little to reinforce
+    supervised_steps: int = knob(3500, low=1)  # of a start that is trained here; 2,000: half the words of long audio wrong
     supervised_batch_size: int = knob(32, low=1)
     supervised_learning_rate: float = knob(2e-3, above=0, high=1)
     supervised_kinds: tuple[str, ...] = ("command", "number", "name", "rare", "long")  # of the corpus; silences are few:

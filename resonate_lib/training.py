@@ -50,7 +50,8 @@ def fit(step, *, steps: int, modules: dict, label: str, seed: int = 0, checkpoin
     checkpoint: file of the state, written atomically every `save_every` steps and after the last, and read back if it is
     there; it also holds the seconds that its steps took (`seconds_done`). Where writing takes over CHEAP_SAVE it waits until it
     is at most SAVE_SHARE of the time, or LONGEST_UNSAVED have passed; after those it is written at any step. What is trained
-    does not depend on when it is.
+    does not depend on when it is. The time left is told from the mean of the last 20 steps, without the first, which may
+    prepare what the others use.
     """
     history, start, before = _restore(checkpoint, modules)
     began = told = saved = time.monotonic()
@@ -96,7 +97,8 @@ def save_state(path, modules, history, done, seconds):
 
 @contextlib.contextmanager
 def atomic_folder(directory: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `directory` that takes its name when the block ends well, and vanishes otherwise."""
+    """A temporary folder beside `directory` that takes its name when the block ends well, and vanishes otherwise. Its files can be
+    read by everybody, also those that were written for their owner alone, as safetensors writes them."""
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
@@ -105,6 +107,8 @@ def atomic_folder(directory: str | Path) -> Iterator[Path]:
         yield temporary
         if directory.exists():
             shutil.rmtree(directory)
+        for file in temporary.rglob("*"):
+            file.chmod(file.stat().st_mode | (0o555 if file.is_dir() else 0o444))
         temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -117,3 +117,13 @@ def test_what_takes_long_tells_how_far_it_is(monkeypatch, capsys):
 
 def test_counting_nothing_says_nothing(capsys):
     assert list(progress.told([], 0, "clips heard")) == [] and capsys.readouterr().out == ""
+
+
+def test_an_atomic_folder_can_be_read_by_everybody(tmp_path):
+    with training.atomic_folder(tmp_path / "model") as folder:
+        (folder / "inner").mkdir()
+        for name in ("model.safetensors", "inner/model.safetensors"):
+            (folder / name).write_bytes(b"0")
+            (folder / name).chmod(0o600)
+    files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o644, 0o644]
