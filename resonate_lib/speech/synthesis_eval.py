@@ -14,6 +14,8 @@ from resonate_lib.progress import told
 from resonate_lib.speech.errors import word_errors, words
 from resonate_lib.speech.lines import Line, class_of, measures
 
+AT_ONCE = 20  # clips that a recogniser gets together and may share out
+
 
 def judge_clips(
     system: str, clips: Sequence[Tensor], lines: Sequence[Line], ears: Mapping[str, object], limits: Mapping, sample_rate: int,
@@ -22,7 +24,9 @@ def judge_clips(
     """A row a clip: id, its place; line, the same for clips of the same line; text, pitch, rate, kind, level; heard_<ear>,
     errors_<ear> and words; pitch_hz, letter_s; pitch_right and rate_right, by `limits` (`lines.learn_limits`). ears: name ->
     Recogniser."""
-    heard = {name: [ear.transcribe([clip], sample_rate)[0] for clip in told(clips, len(clips), f"{system}: heard by the {name}")]
+    parts = [clips[start : start + AT_ONCE] for start in range(0, len(clips), AT_ONCE)]
+    heard = {name: [text for part in told(parts, len(clips), f"{system}: heard by the {name}", size=len)
+                    for text in ear.transcribe(part, sample_rate)]
              for name, ear in ears.items()}  # fmt: skip
     rows = []
     for place, (clip, line) in enumerate(zip(clips, lines, strict=True)):
