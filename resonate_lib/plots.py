@@ -338,7 +338,7 @@ def bars_with_intervals(
             f"several rows for one ({by}, {hue}): filter the table (one setting) or group by fewer columns"
         )
     groups, hues = list(rows[by].unique()), list(rows[hue].unique()) if hue != by else [None]
-    figure, axes = _axes(size=(max(5.0, 1.2 + 0.32 * len(groups) * (len(hues) + 1)), 3.4))
+    figure, axes = _axes(size=(max(5.0, 1.2 + max(0.9, 0.32 * (len(hues) + 1)) * len(groups)), 3.4))
     ax, width = axes[0, 0], 0.8 / len(hues)
     for index, name in enumerate(hues):
         part = (rows if name is None else rows[rows[hue] == name]).set_index(by).reindex(groups)
@@ -348,7 +348,7 @@ def bars_with_intervals(
         ax.bar(place, mean, width * 0.92, color=_color(name, index), label=name)
         ax.errorbar(place, mean, errors, fmt="none", ecolor="#333333", capsize=2, linewidth=1)
     counts = rows.groupby(by, sort=False)["n"].max()
-    ax.set_xticks(range(len(groups)), [f"{g}\nn={counts[g]}" for g in groups])
+    ax.set_xticks(range(len(groups)), [f"{g}\nn={counts[g]}".replace(", ", ",\n") for g in groups])
     ax.set(ylabel=f"{metric.replace('_', ' ')} (95 % interval)", xlabel=by.replace("_", " "), title=title)
     ax.grid(axis="x", visible=False)
     if hues != [None]:
